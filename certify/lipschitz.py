@@ -1,0 +1,206 @@
+"""Lipschitz bounds of whole networks: the product over a traced graph, per pair of logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from . import layer_rules  # noqa: F401  (registers the rules of torch's own layers)
+from .graph import check_finite_state, check_model, floating_like, trace
+from .jacobian import largest_jacobian_norm
+from .linear import CANCELLATION, SAFETY, Chain, LinearMap, check_norm, converted
+from .power import estimate_norm
+from .rules import leaf_types
+from .spectral import bracket
+from .walk import Place, Walk
+
+METHODS = ("product",)
+# Norm of a functional's coefficient vector when its input is measured in the key's norm.
+_DUAL = {"l2": 2.0, "linf": 1.0, "l1": math.inf}
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """Bracket of one affine run's norm, or of one layer's: names joined by " + ", in the order of the graph."""
+
+    name: str
+    kind: str
+    lower: float
+    upper: float
+    method: str
+
+
+@dataclass(frozen=True)
+class LipschitzBound:
+    """Bounds of a network's Lipschitz constants on the whole input space, inputs in raw units.
+
+    Attributes:
+        upper: bound of the map from inputs to all logits, the same norm on both sides.
+        lower: largest Jacobian norm found (an estimate from below, 0 where not asked for).
+        pairwise: [K, K] float64; entry (i, j) bounds |f_i - f_j| per unit of the input norm; zero diagonal.
+        layers: brackets of the affine runs.
+        norm: the input norm.
+        pair_methods: per pair "product" or "equivalence" (from l2 by norm equivalence), [K][K]; see `lipschitz`.
+    """
+
+    upper: float
+    lower: float
+    pairwise: Tensor
+    layers: tuple[LayerBound, ...]
+    norm: str = "l2"
+    pair_methods: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+
+
+def lipschitz(
+    model: nn.Module,
+    input_shape: Sequence[int],
+    method: str = "product",
+    norm: str = "l2",
+    *,
+    points: Tensor | None = None,
+) -> LipschitzBound:
+    """Bound the Lipschitz constants of a network's logits, and of their pairwise differences.
+
+    With f = A g + b, A the last affine run and g everything before, |f_i - f_j| <= Lip(g) * ||A_i - A_j||_* * ||x - x'||,
+    the dual norm of the row difference (rule 7); Lip(g) is the product of the norms of the affine runs and of the
+    factors of the other operations, sums for residual branches, roots of squares for concatenations. For linf and l1
+    each pair takes the smaller of that product in its own norm and of norm equivalence, ||d||_2 <= sqrt(n) ||d||_inf
+    and ||d||_2 <= ||d||_1, times the l2 bound.
+
+    Args:
+        model: any module whose operations have rules, in eval mode.
+        input_shape: shape of one input, without the batch.
+        method: "product".
+        norm: "l2", "linf" or "l1".
+        points: [B, *input_shape] at which to look for the largest Jacobian norm; None leaves `lower` at 0.
+
+    Raises:
+        ValueError: training mode, NaN weights, an operation without a rule, a shape that does not fit, output not [B, K].
+    """
+    check_norm(norm)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
+    check_model(model)
+    bound = _product(model, tuple(input_shape), norm)
+    if points is None:
+        return bound
+    lower = min(largest_jacobian_norm(model, points, norm), bound.upper)
+    return LipschitzBound(bound.upper, lower, bound.pairwise, bound.layers, norm, bound.pair_methods)
+
+
+def _product(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> LipschitzBound:
+    upper, pairwise, layers = _product_in(model, input_shape, norm)
+    methods = [["product"] * len(pairwise) for _ in pairwise]
+    if norm != "l2":
+        l2_upper, l2_pairwise, _ = _product_in(model, input_shape, "l2")
+        factor = math.sqrt(math.prod(input_shape)) if norm == "linf" else 1.0
+        outer = 1.0 if norm == "linf" else math.sqrt(len(pairwise))  # from l2 of the logits to their own norm
+        upper = min(upper, l2_upper * factor * outer * (1 + SAFETY))
+        other = l2_pairwise * factor * (1 + SAFETY)
+        methods = [["equivalence" if better else "product" for better in row] for row in (other < pairwise).tolist()]
+        pairwise = torch.minimum(pairwise, other)
+    return LipschitzBound(upper, 0.0, pairwise, tuple(layers), norm, tuple(tuple(row) for row in methods))
+
+
+def _product_in(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> tuple[float, Tensor, list[LayerBound]]:
+    layers: list[LayerBound] = []
+
+    def norm_of(parts: tuple[str, ...], linear: LinearMap) -> float:
+        bounds = bracket(linear, norm)
+        if parts:
+            layers.append(LayerBound(" + ".join(parts), type(linear).__name__, bounds.lower, bounds.upper, bounds.method))
+        return bounds.upper
+
+    graph, like = trace(model, input_shape, leaf_types()), floating_like(model)
+    walk = Walk(
+        graph,
+        norm_of=norm_of,
+        factor_of=lambda rule, call: rule.factor(call, norm) * (1 + SAFETY) if rule.factor else math.inf,
+        prepare=lambda linear: converted(linear, lambda tensor: tensor.detach().to(like.device, torch.float64)),
+        norm=norm,
+    )
+    _check_logits(graph.shapes[graph.output])
+    upper = float(walk.constant(graph.output)) * (1 + SAFETY)
+    pairwise = _pairwise(walk.output, float(walk.anchor_constant(walk.output.anchor)), graph.shapes[graph.output], norm)
+    if not math.isfinite(upper):
+        raise ValueError(f"the model's Lipschitz bound overflows: {upper}")
+    return upper, pairwise, layers
+
+
+def _check_logits(shape: tuple[int, ...]) -> None:
+    if len(shape) != 1 or shape[0] < 2:
+        raise ValueError(f"the model: expected logits [B, K] with K >= 2, got an output of shape [B, {', '.join(map(str, shape))}]")
+
+
+def _pairwise(place: Place, constant: float, shape: tuple[int, ...], norm: str) -> Tensor:
+    rows, slack = torch.eye(shape[0], dtype=torch.float64), 0.0
+    if place.operator is not None:
+        rows = place.operator.rows().detach().cpu()
+        slack = CANCELLATION * _magnitude(place.operator, rows, norm)
+    differences = torch.linalg.vector_norm(rows[:, None] - rows[None], ord=_DUAL[norm], dim=2)
+    pairwise = constant * (differences * (1 + SAFETY) + slack) * (1 + SAFETY)
+    return pairwise.fill_diagonal_(0.0)
+
+
+def _magnitude(linear: LinearMap, rows: Tensor, norm: str) -> float:
+    """Size of the numbers that were added up to the rows: rounding is relative to it, also where they cancel."""
+    if isinstance(linear, Chain):
+        return math.prod(part.bounds(norm).upper for part in linear.maps)
+    return float(rows.abs().sum())
+
+
+class TrainingBound:
+    """Differentiable estimate of the pairwise Lipschitz constants, for losses that use the current bound.
+
+    Warm-started power iteration on each affine run, as `lipschitz` walks them; an estimate from below, which drives
+    training and never a certificate. Works in training mode; batch normalisation enters with its running statistics.
+    """
+
+    def __init__(self, model: nn.Module, input_shape: Sequence[int], steps: int = 1) -> None:
+        check_finite_state(model)
+        self._graph = trace(model, tuple(input_shape), leaf_types())
+        _check_logits(self._graph.shapes[self._graph.output])
+        self._steps = steps
+        self._vectors: dict[tuple[str, ...], Tensor] = {}
+
+    def pairwise(self) -> Tensor:
+        """The current estimate [K, K], in the model's dtype, with gradients to the weights; zero diagonal."""
+        like = floating_like(self._graph.model)
+        walk = Walk(
+            self._graph,
+            norm_of=self._estimate,
+            factor_of=lambda rule, call: rule.factor(call, "l2") if rule.factor else math.inf,
+            prepare=lambda linear: converted(linear, lambda tensor: tensor.to(like)),
+        )
+        rows = self._rows(walk.output)
+        differences = rows[:, None] - rows[None]
+        lengths = (differences.square().sum(2) + torch.finfo(rows.dtype).tiny).sqrt()
+        off_diagonal = 1 - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+        result: Tensor = walk.anchor_constant(walk.output.anchor) * lengths * off_diagonal
+        return result
+
+    def state(self) -> dict[str, Tensor]:
+        """The warm starts, for a resume file."""
+        return {"\n".join(parts): vector for parts, vector in self._vectors.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take up warm starts given by `state`."""
+        self._vectors = {tuple(key.split("\n")): vector for key, vector in state.items()}
+
+    def _estimate(self, parts: tuple[str, ...], linear: LinearMap) -> Tensor | float:
+        if linear.isometry:
+            return 1.0
+        warm = self._vectors.get(parts)
+        norm, vector = estimate_norm(linear, warm, self._steps if warm is not None else 10)
+        self._vectors[parts] = vector
+        return norm
+
+    def _rows(self, place: Place) -> Tensor:
+        if place.operator is not None:
+            return place.operator.rows()
+        like = floating_like(self._graph.model)
+        return torch.eye(self._graph.shapes[self._graph.output][0], dtype=like.dtype, device=like.device)

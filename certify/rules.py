@@ -1,0 +1,106 @@
+"""The open registry: which operation has which Lipschitz rule.
+
+An operation is an exact module type, a function, or a tensor method's name. Its rule is either *linear* (it gives the
+operator, which neighbours may fold into) or a *factor* (a Lipschitz constant per norm). Nothing is inherited: a subclass
+with its own forward needs its own rule, and an operation without a rule is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .graph import plain_type, type_name
+from .linear import LinearMap
+
+Operation = type[nn.Module] | Callable[..., Any] | str
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of an operation in a model, as its rule sees it."""
+
+    place: str  # name of the module or node
+    module: nn.Module | None
+    args: tuple[Any, ...]  # after the tensor input(s); constants are values
+    kwargs: dict[str, Any]
+    in_shape: tuple[int, ...]  # of the first tensor input, without the batch
+    out_shape: tuple[int, ...]
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """The argument after the tensor input, given by position or by name."""
+        return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Exactly one of `linear` (an affine operation's operator) and `factor` (a Lipschitz constant in a norm)."""
+
+    linear: Callable[[Call], LinearMap] | None = None
+    factor: Callable[[Call, str], float] | None = None
+
+
+_RULES: dict[Operation, Rule] = {}
+
+
+def register_rule(
+    *operations: Operation,
+    linear: Callable[[Call], LinearMap] | None = None,
+    factor: Callable[[Call, str], float] | float | None = None,
+) -> None:
+    """Give operations a Lipschitz rule.
+
+    Args:
+        operations: exact module types, functions such as torch.relu, or tensor method names.
+        linear: for an affine operation, the function from its call to the operator (without the constant part).
+        factor: for any other operation, an upper bound of its Lipschitz constant: a number for all norms, or a function
+            of the call and the norm ("l2", "linf", "l1").
+
+    Raises:
+        ValueError: none or both of `linear` and `factor`, or an operation that has a rule already.
+    """
+    if (linear is None) == (factor is None):
+        raise ValueError("register_rule: expected exactly one of linear= and factor=")
+    known = [operation for operation in operations if operation in _RULES]
+    if known:
+        raise ValueError(f"register_rule: {', '.join(map(str, known))} has a rule already")
+    if isinstance(factor, (int, float)):
+        constant = float(factor)
+        rule = Rule(factor=lambda call, norm: constant)
+    else:
+        rule = Rule(linear=linear, factor=factor)
+    _RULES.update(dict.fromkeys(operations, rule))
+
+
+def rule_for(operation: Operation, place: str, name: str) -> Rule:
+    """The rule of an operation; ValueError that names the place and the way to register one where there is none."""
+    found = _RULES.get(operation)
+    if found is None:
+        raise ValueError(
+            f"{place}: no Lipschitz rule for {name}; register one with speccert.certify.register_rule, "
+            "or build the model from operations that have one"
+        )
+    return found
+
+
+def leaf_types() -> frozenset[type[nn.Module]]:
+    """Module types that have a rule: the tracer does not look inside these."""
+    return frozenset(operation for operation in _RULES if isinstance(operation, type))
+
+
+def linear_map_of(layer: nn.Module, input_shape: tuple[int, ...]) -> LinearMap:
+    """The operator of one affine layer on inputs of `input_shape`; ValueError where it has no linear rule."""
+    rule = rule_for(plain_type(layer), "layer", type_name(layer))
+    if rule.linear is None:
+        raise ValueError(f"layer: expected an affine layer, got {type_name(layer)}, whose rule is a Lipschitz factor")
+    return rule.linear(Call("layer", layer, (), {}, input_shape, ()))
+
+
+def probe_shape(function: Callable[[Tensor], Tensor], in_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a function gives, without the batch, found on zeros."""
+    with torch.no_grad():
+        return tuple(function(torch.zeros(1, *in_shape)).shape[1:])

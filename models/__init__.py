@@ -1,0 +1,26 @@
+"""Networks: constraints on stock layers, activations, architectures, normalisation as a layer."""
+
+from . import rules as _rules  # registers the Lipschitz rules of this package's layers
+from .activations import ACTIVATIONS, Abs, GroupSort, Householder, MaxMin, build_activation
+from .architectures import build_model
+from .constraints import BASELINES, CONSTRAINTS, SpectralConstraint, constrain, spectral_penalty
+from .layers import Normalize, Residual
+
+del _rules
+
+__all__ = [
+    "ACTIVATIONS",
+    "BASELINES",
+    "CONSTRAINTS",
+    "Abs",
+    "GroupSort",
+    "Householder",
+    "MaxMin",
+    "Normalize",
+    "Residual",
+    "SpectralConstraint",
+    "build_activation",
+    "build_model",
+    "constrain",
+    "spectral_penalty",
+]
