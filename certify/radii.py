@@ -65,19 +65,35 @@ def radii_from_logits(
         ValueError: NaN or infinite logits, shapes that do not fit, labels outside 0..K-1.
     """
     classes = pairwise.shape[0]
+    radii: Tensor = _pair_radii(logits, y, pairwise).amin(1).clamp_min(0.0)
+    return radii
+
+
+def limiting_classes(
+    logits: Tensor,  # [B, K]
+    y: Tensor,  # [B] int64
+    pairwise: Tensor,  # [K, K]
+) -> Tensor:  # [B] int64
+    """The class j whose pair with y sets each sample's radius."""
+    return _pair_radii(logits, y, pairwise).argmin(1)
+
+
+def _pair_radii(logits: Tensor, y: Tensor, pairwise: Tensor) -> Tensor:
+    """Margin over pairwise bound, [B, K] float64; infinite in column y."""
+    _check(logits, y, pairwise.shape[0])
+    margins = lowered_margins(logits, y)
+    constants = pairwise.to(logits.device)[y]
+    radii = torch.where(constants > 0, margins / constants, torch.where(margins > 0, torch.inf, 0.0))
+    return radii.scatter(1, y[:, None], torch.inf)
+
+
+def _check(logits: Tensor, y: Tensor, classes: int) -> None:
     if logits.dim() != 2 or logits.shape[1] != classes or y.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits, y: expected [B, {classes}] and [B], got {tuple(logits.shape)} and {tuple(y.shape)}"
-        )
+        raise ValueError(f"logits, y: expected [B, {classes}] and [B], got {tuple(logits.shape)} and {tuple(y.shape)}")
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("logits: expected finite numbers; got NaN or infinity")
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
         raise ValueError(f"y: expected labels 0..{classes - 1}, got {int(y.min())}..{int(y.max())}")
-    margins = lowered_margins(logits, y)
-    constants = pairwise.to(logits.device)[y]
-    radii = torch.where(constants > 0, margins / constants, torch.where(margins > 0, torch.inf, 0.0))
-    own = torch.nn.functional.one_hot(y, classes).bool()
-    return radii.masked_fill(own, torch.inf).amin(1).clamp_min(0.0)
 
 
 def lowered_margins(

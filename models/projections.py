@@ -112,8 +112,8 @@ def bjorck(
     """
     if weight.shape[0] < weight.shape[1]:
         return bjorck(weight.T, iterations).T
-    scale = (weight.abs().sum(0).max() * weight.abs().sum(1).max()).sqrt()  # ||W||_2^2 <= ||W||_1 ||W||_inf
-    result = weight / scale.clamp_min(torch.finfo(weight.dtype).tiny)
+    product = weight.abs().sum(0).max() * weight.abs().sum(1).max()  # ||W||_2^2 <= ||W||_1 ||W||_inf
+    result = weight / product.clamp_min(torch.finfo(weight.dtype).tiny).sqrt()
     for _ in range(iterations):
         result = 1.5 * result - 0.5 * result @ (result.T @ result)
     return result

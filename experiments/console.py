@@ -1,0 +1,121 @@
+"""How a run looks in a terminal: a live table of the cells with progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from .cell import Progress
+from .config import CellConfig, config_id
+from .executors import Finished
+
+__all__ = ["LiveRun"]
+
+_MISSING = "–"
+
+
+class LiveRun:
+    """A `Watcher` that shows a row a cell, filled in as cells end, above bars of what runs now.
+
+    Where the output is no terminal it prints a line when a cell ends instead.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._cells: dict[str, CellConfig] = {}
+        self._summaries: dict[str, dict[str, Any]] = {}
+        self._stages: dict[str, str] = {}
+        self._bars = Bars(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.fields[stage]}"), console=console,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+        self._total = self._bars.add_task("all cells", total=0, stage="")
+        self._live = Live(console=console, get_renderable=self._view, refresh_per_second=4, transient=True)
+
+    def __enter__(self) -> LiveRun:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def start(self, cells: Sequence[CellConfig], finished: Mapping[str, dict[str, Any]]) -> None:
+        """See `Watcher.start`."""
+        self._cells = {config_id(cell): cell for cell in cells}
+        self._summaries = dict(finished)
+        self._bars.update(self._total, total=len(cells), completed=len(finished))
+        if finished:
+            self._say(f"{len(finished)} of {len(cells)} cells were finished before and are kept")
+
+    def progress(self, progress: Progress) -> None:
+        """See `Watcher.progress`."""
+        self._stages[progress.id] = progress.stage
+        epochs = self._cells[progress.id].epochs
+        if progress.id not in self._tasks:
+            self._tasks[progress.id] = self._bars.add_task(_title(self._cells[progress.id]), total=epochs, stage="")
+        self._bars.update(
+            self._tasks[progress.id], completed=round(progress.fraction * epochs), stage=progress.stage
+        )
+
+    def finish(self, finished: Finished) -> None:
+        """See `Watcher.finish`."""
+        if finished.id in self._tasks:
+            self._bars.remove_task(self._tasks.pop(finished.id))
+        self._bars.advance(self._total)
+        title = _title(self._cells[finished.id])
+        if finished.summary is None:
+            self._stages[finished.id] = "failed"
+            self._say(f"{title}: failed ({finished.error})")
+            return
+        self._summaries[finished.id] = finished.summary
+        if not self._console.is_terminal:
+            self._say(f"{title}: {_outcome(self._cells[finished.id], finished.summary)}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False)
+
+    def _view(self) -> Group:
+        return Group(self._table(), self._bars)
+
+    def _table(self) -> Table:
+        table = Table(title="cells", title_justify="left")
+        for name in ("constraint", "threshold", "seed"):
+            table.add_column(name, justify="right" if name != "constraint" else "left")
+        for name in ("clean %", "certified %", "observed %", "state"):
+            table.add_column(name, justify="right" if name != "state" else "left")
+        for key, cell in self._cells.items():
+            summary = self._summaries.get(key)
+            state = "done" if summary else self._stages.get(key, "waiting").split(" loss")[0]
+            table.add_row(cell.constraint, f"{cell.threshold:g}", str(cell.seed), *_figures(cell, summary), state)
+        return table
+
+
+def _title(cell: CellConfig) -> str:
+    return f"{cell.constraint} {cell.threshold:g} seed {cell.seed}"
+
+
+def _figures(cell: CellConfig, summary: Mapping[str, Any] | None) -> list[str]:
+    """Clean, certified and worst observed accuracy at the middle eps, in percent."""
+    eps = cell.eps[len(cell.eps) // 2]
+    keys = ("clean_accuracy", f"certified_accuracy_attacked_eps_{eps:g}", f"worst_case_accuracy_eps_{eps:g}")
+    values = [None if summary is None else summary.get(key) for key in keys]
+    return [_MISSING if value is None else f"{100 * value:.1f}" for value in values]
+
+
+def _outcome(cell: CellConfig, summary: Mapping[str, Any]) -> str:
+    clean, certified, observed = _figures(cell, summary)
+    eps = cell.eps[len(cell.eps) // 2]
+    seconds = summary["train_s"] + summary["evaluate_s"]
+    return f"clean {clean} %, at eps {eps:g} certified {certified} %, observed {observed} %, {seconds:.0f} s"

@@ -1,0 +1,253 @@
+"""Evaluation of one trained model: bounds, certified radii, attacks on the same samples, and the check of one by the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ..attacks import attack, is_minimum_norm
+from ..certify import NORMS, LipschitzBound, certified_accuracy, lipschitz, radii_from_logits
+from ..certify.radii import limiting_classes
+from .config import CellConfig
+from .data import Dataset, Split
+
+__all__ = ["CertificateViolationError", "Evaluation", "evaluate"]
+
+_BATCH = 512
+_JACOBIAN_POINTS = 256
+Report = Callable[[str], None]
+
+
+class CertificateViolationError(RuntimeError):
+    """An adversarial example inside a certified radius: some bound is wrong, and no number of the run can be trusted.
+
+    `example` holds the sample, the adversarial point, the label and the three distances and radii.
+    """
+
+    def __init__(self, message: str, example: Mapping[str, Tensor]) -> None:
+        super().__init__(message)
+        self.example = dict(example)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What an evaluation found: a row a test sample, one flat row of results, the bounds per norm."""
+
+    samples: pd.DataFrame
+    results: dict[str, Any]
+    bounds: dict[str, LipschitzBound]
+
+
+@dataclass(eq=False)
+class _Attacked:
+    """The attacked samples and the nearest adversarial points so far."""
+
+    index: Tensor  # [A] positions in the test part
+    x: Tensor  # [A, *input_shape]
+    y: Tensor  # [A]
+    distance: Tensor  # [A] float64, in the cell's norm
+    closest: Tensor  # [A, *input_shape]
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+
+def evaluate(
+    model: nn.Module,
+    config: CellConfig,
+    data: Dataset,
+    *,
+    report: Report = lambda stage: None,
+) -> Evaluation:
+    """Bound, certify and attack a model in eval mode on the test part of `data`.
+
+    Radii are computed in all three norms; attacks run in the config's. A sample's smallest distance is that of the
+    nearest adversarial point that any attack found, 0 where it is misclassified, infinite where none was found. An
+    attack with a ball goes through the eps in ascending order and spares samples that it has broken at a smaller one.
+
+    Raises:
+        CertificateViolationError: an adversarial point closer than its sample's certified radius, in any of the norms.
+        ValueError: a model that can't be certified, NaN logits.
+    """
+    start = time.perf_counter()
+    device = next(iter([*model.parameters(), *model.buffers()])).device
+    split = Split(data.test.x.to(device), data.test.y.to(device))
+    report("bounds")
+    bounds = {
+        norm: lipschitz(
+            model,
+            data.input_shape,
+            config.bound,
+            norm,
+            points=split.x[:_JACOBIAN_POINTS] if norm == config.norm else None,
+        )
+        for norm in NORMS
+    }
+    report("radii")
+    samples, radii = _certify(model, split, bounds)
+    attacked = _attack_all(model, config, split, report)
+    _check_witness(attacked, radii)
+    results = _results(config, bounds[config.norm], samples, radii[config.norm], attacked)
+    results["evaluate_s"] = time.perf_counter() - start
+    return Evaluation(_with_attacks(samples, attacked), results, bounds)
+
+
+@torch.no_grad()
+def _certify(
+    model: nn.Module, split: Split, bounds: Mapping[str, LipschitzBound]
+) -> tuple[pd.DataFrame, dict[str, Tensor]]:
+    logits = torch.cat([model(part) for part in split.x.split(_BATCH)])
+    rivals = logits.double().scatter(1, split.y[:, None], -torch.inf).amax(1)
+    own = logits.double().gather(1, split.y[:, None]).squeeze(1)
+    columns: dict[str, Any] = {
+        "index": range(len(split)),
+        "label": split.y.cpu().numpy(),
+        "prediction": logits.argmax(1).cpu().numpy(),
+        "margin": (own - rivals).cpu().numpy(),
+    }
+    radii = {norm: radii_from_logits(logits, split.y, bound.pairwise) for norm, bound in bounds.items()}
+    for norm, values in radii.items():
+        columns[f"radius_{norm}"] = values.cpu().numpy()
+    for norm in ("linf", "l1"):
+        limiting = limiting_classes(logits, split.y, bounds[norm].pairwise).tolist()
+        methods = bounds[norm].pair_methods
+        columns[f"radius_method_{norm}"] = [methods[y][j] for y, j in zip(split.y.tolist(), limiting, strict=True)]
+    return pd.DataFrame(columns), radii
+
+
+def _chosen(config: CellConfig, count: int) -> Tensor:
+    """The attacked positions: all, or a subset drawn with the cell's seed, in ascending order."""
+    if config.attack_samples is None or config.attack_samples >= count:
+        return torch.arange(count)
+    generator = torch.Generator().manual_seed(config.seed)
+    return torch.randperm(count, generator=generator)[: config.attack_samples].sort().values
+
+
+def _attack_all(model: nn.Module, config: CellConfig, split: Split, report: Report) -> _Attacked:
+    index = _chosen(config, len(split)).to(split.x.device)
+    x, y = split.x[index], split.y[index]
+    with torch.no_grad():
+        logits = torch.cat([model(part) for part in x.split(_BATCH)])
+    wrong = logits.argmax(1) != y
+    distance = torch.full((len(y),), torch.inf, dtype=torch.float64, device=x.device).masked_fill(wrong, 0.0)
+    state = _Attacked(index, x, y, distance, x.clone())
+    clean = distance.clone()
+    for name in config.attacks:
+        found = clean.clone()
+        if is_minimum_norm(name):
+            report(name)
+            _run(model, config, state, name, None, found)
+        for eps in config.eps:
+            if not is_minimum_norm(name):
+                report(f"{name} eps {eps:g}")
+                _run(model, config, state, name, eps, found)
+            state.columns[f"robust_{name}_eps_{eps:g}"] = found > eps
+        state.columns[f"distance_{name}"] = found
+    return state
+
+
+def _run(
+    model: nn.Module, config: CellConfig, state: _Attacked, name: str, eps: float | None, found: Tensor
+) -> None:
+    """Attack the samples that this attack has not broken within eps; `found` and `state` keep the smallest distances."""
+    standing = (found > (0.0 if eps is None else eps)).nonzero().squeeze(1)
+    if not len(standing):
+        return
+    result = attack(
+        model, state.x[standing], state.y[standing], name, norm=config.norm, eps=eps, seed=config.seed, batch_size=_BATCH
+    )
+    found[standing] = torch.minimum(found[standing], result.distance)
+    better = result.distance < state.distance[standing]
+    state.distance[standing[better]] = result.distance[better]
+    state.closest[standing[better]] = result.closest[better].to(state.closest.dtype)
+
+
+def _distances(attacked: _Attacked) -> dict[str, Tensor]:
+    """||closest - x|| of each attacked sample in every norm, in float64; infinite where nothing was found."""
+    difference = (attacked.closest.double() - attacked.x.double()).flatten(1)
+    orders = {"l2": 2.0, "linf": torch.inf, "l1": 1.0}
+    none = ~torch.isfinite(attacked.distance)
+    return {
+        norm: torch.linalg.vector_norm(difference, ord=order, dim=1).masked_fill(none, torch.inf)
+        for norm, order in orders.items()
+    }
+
+
+def _check_witness(attacked: _Attacked, radii: Mapping[str, Tensor]) -> None:
+    """Raise where an adversarial point lies inside a certified ball, in whatever norm (soundness rule 10)."""
+    for norm, distance in _distances(attacked).items():
+        radius = radii[norm][attacked.index]
+        broken = (distance < radius).nonzero().squeeze(1)
+        if not len(broken):
+            continue
+        worst = broken[(radius[broken] - distance[broken]).argmax()]
+        sample = int(attacked.index[worst])
+        raise CertificateViolationError(
+            f"certificate broken: sample {sample} has certified {norm} radius {float(radius[worst]):.6g}, but an "
+            f"adversarial example lies at {float(distance[worst]):.6g} ({len(broken)} such samples)",
+            {
+                "x": attacked.x[worst],
+                "x_adv": attacked.closest[worst],
+                "label": attacked.y[worst],
+                "index": attacked.index[worst],
+                "radius": radius[worst],
+                "distance": distance[worst],
+            },
+        )
+
+
+def _results(
+    config: CellConfig, bound: LipschitzBound, samples: pd.DataFrame, radii: Tensor, attacked: _Attacked
+) -> dict[str, Any]:
+    radii = radii.cpu()
+    chosen, distance = radii[attacked.index.cpu()], attacked.distance.cpu()
+    results: dict[str, Any] = {
+        "clean_accuracy": float((samples["label"] == samples["prediction"]).mean()),
+        "lipschitz_upper": bound.upper,
+        "lipschitz_lower": bound.lower,
+        "test_count": len(samples),
+        "attacked_count": len(chosen),
+    }
+    certified = certified_accuracy(radii, config.eps).tolist()
+    certified_here = certified_accuracy(chosen, config.eps).tolist()
+    for eps, everywhere, here in zip(config.eps, certified, certified_here, strict=True):
+        results[f"certified_accuracy_eps_{eps:g}"] = everywhere
+        results[f"certified_accuracy_attacked_eps_{eps:g}"] = here
+        for name in config.attacks:
+            results[f"accuracy_{name}_eps_{eps:g}"] = _share(attacked.columns[f"robust_{name}_eps_{eps:g}"])
+        if config.attacks:
+            results[f"worst_case_accuracy_eps_{eps:g}"] = _share(distance > eps)
+    return results | _tightness(radii, chosen, distance)
+
+
+def _share(flags: Tensor) -> float:
+    return float(flags.double().mean())
+
+
+def _tightness(radii: Tensor, chosen: Tensor, distance: Tensor) -> dict[str, float | None]:
+    """Means over samples whose distance was found: an infinite one would make the mean, and the ratio, meaningless."""
+    found = torch.isfinite(distance) & torch.isfinite(chosen)
+    mean_distance = float(distance[found].mean()) if bool(found.any()) else None
+    mean_radius = float(chosen[found].mean()) if bool(found.any()) else None
+    finite = radii[torch.isfinite(radii)]
+    return {
+        "mean_certified_radius": float(finite.mean()) if len(finite) else None,
+        "mean_certified_radius_attacked": mean_radius,
+        "mean_distance": mean_distance,
+        "tightness": mean_radius / mean_distance if mean_distance and mean_radius is not None else None,
+    }
+
+
+def _with_attacks(samples: pd.DataFrame, attacked: _Attacked) -> pd.DataFrame:
+    """The rows of all samples, joined with what the attacks found; missing where a sample was not attacked."""
+    rows = {"distance": attacked.distance, **attacked.columns}
+    found = pd.DataFrame({name: values.cpu().numpy() for name, values in rows.items()}, index=attacked.index.tolist())
+    flags: Sequence[str] = [name for name in found if name.startswith("robust_")]
+    found[list(flags)] = found[list(flags)].astype("boolean")
+    joined = samples.join(found)
+    joined["attacked"] = joined["index"].isin(found.index)
+    return joined

@@ -1,0 +1,152 @@
+"""Where cells run: in this process, or in processes of this machine, behind one method."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .cell import Progress, run_cell
+from .config import CellConfig, config_id
+from .evaluation import CertificateViolationError
+
+__all__ = ["EXECUTORS", "Executor", "Finished", "InlineExecutor", "LocalExecutor", "WorkerError", "make_executor"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of one cell: its summary, or the error that ended it."""
+
+    id: str
+    summary: dict[str, Any] | None
+    error: Exception | None = None
+
+
+class WorkerError(RuntimeError):
+    """A worker process that ended without an answer, e.g. killed or out of memory."""
+
+
+Event = Progress | Finished
+
+
+class Executor(ABC):
+    """Runs cells. Must write: `events`, which runs every cell once and yields its progress and its end."""
+
+    @abstractmethod
+    def events(self, cells: Sequence[CellConfig], arguments: dict[str, Any]) -> Iterator[Event]:
+        """Run the cells, `arguments` going to `run_cell`; a cell's error ends that cell, not the others."""
+
+
+class InlineExecutor(Executor):
+    """One cell after the other in this process."""
+
+    def __init__(self, on_progress: Callable[[Progress], None] = lambda progress: None) -> None:
+        self._on_progress = on_progress
+
+    def events(self, cells: Sequence[CellConfig], arguments: dict[str, Any]) -> Iterator[Event]:
+        """See `Executor.events`; progress goes straight to `on_progress`, since a generator can't yield from a call."""
+        for cell in cells:
+            try:
+                yield Finished(config_id(cell), run_cell(cell, **arguments, report=self._on_progress))
+            except (ValueError, RuntimeError, OSError) as error:
+                yield Finished(config_id(cell), None, error)
+
+
+class LocalExecutor(Executor):
+    """`jobs` processes of this machine, each with its share of the cores; GPUs round robin where the device is cuda."""
+
+    def __init__(self, jobs: int) -> None:
+        if jobs < 1:
+            raise ValueError(f"jobs: expected an integer >= 1, got {jobs}")
+        self._jobs = jobs
+
+    def events(self, cells: Sequence[CellConfig], arguments: dict[str, Any]) -> Iterator[Event]:
+        """See `Executor.events`. A worker that dies takes its pool with it: its cells end with WorkerError."""
+        context = multiprocessing.get_context("spawn")
+        threads = max(1, (os.cpu_count() or 1) // self._jobs)
+        with context.Manager() as manager:
+            inbox = manager.Queue()
+            pool = ProcessPoolExecutor(self._jobs, mp_context=context, initializer=_start, initargs=(threads,))
+            devices = _devices(arguments["device"])
+            futures = {
+                pool.submit(_work, cell, {**arguments, "device": devices[k % len(devices)]}, inbox): config_id(cell)
+                for k, cell in enumerate(cells)
+            }
+            try:
+                yield from _drain(futures, inbox)
+            finally:
+                _stop(pool)
+
+
+def _drain(futures: dict[Future[dict[str, Any]], str], inbox: Any) -> Iterator[Event]:
+    waiting = set(futures)
+    while waiting:
+        done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield inbox.get_nowait()
+        for future in done:
+            yield _finished(futures[future], future)
+
+
+def _finished(identity: str, future: Future[dict[str, Any]]) -> Finished:
+    error = future.exception()
+    if error is None:
+        return Finished(identity, future.result())
+    if isinstance(error, BrokenProcessPool):
+        return Finished(identity, None, WorkerError("a worker process died (killed, or out of memory)"))
+    if isinstance(error, Exception):
+        return Finished(identity, None, error)
+    raise error
+
+
+def _stop(pool: ProcessPoolExecutor) -> None:
+    """Cancel what has not begun and end the workers: each file they write is whole or absent, so this loses an epoch."""
+    processes = list((pool._processes or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.join()
+
+
+def _start(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends the workers
+    torch.set_num_threads(threads)
+
+
+def _work(cell: CellConfig, arguments: dict[str, Any], inbox: Any) -> dict[str, Any]:
+    return run_cell(cell, **arguments, report=inbox.put)
+
+
+def _devices(device: str) -> list[str]:
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        return [device]
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+
+
+EXECUTORS = ("inline", "local")
+
+
+def make_executor(name: str, jobs: int, on_progress: Callable[[Progress], None]) -> Executor:
+    """The executor called `name`; ValueError for an unknown name or jobs < 1."""
+    if name == "inline":
+        return InlineExecutor(on_progress)
+    if name == "local":
+        return LocalExecutor(jobs)
+    raise ValueError(f"executor: expected one of {', '.join(EXECUTORS)}; got {name!r}")
+
+
+def is_fatal(error: Exception) -> bool:
+    """Whether an error ends the whole run: a broken certificate means that no other number can be trusted."""
+    return isinstance(error, CertificateViolationError)

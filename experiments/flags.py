@@ -1,0 +1,78 @@
+"""Settings given as text, on the command line: one flag a field of `CellConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from .config import CellConfig, ConfigError
+
+__all__ = ["HELP", "parse_settings"]
+
+HELP = {
+    "dataset": "digits, mnist, fashion-mnist, cifar10, a path to an .npz file, or module:function",
+    "model": "mlp, convnet-4c3f, convnet-6c2f, lipconvnet, liresnet, or module:function",
+    "width": "neurons or channels of the model's layers",
+    "depth": "hidden layers or blocks of the model",
+    "activation": "maxmin, groupsort, householder, abs, relu, leaky-relu, tanh, sigmoid, softplus, gelu, silu, identity",
+    "normalise": "first layer of the model: none, center (subtract the mean) or standard (divide by the deviation too)",
+    "constraint": "cap, clip, orthogonal, orthogonal-bjorck, penalty, none, weight-decay, gradient-clip; or several",
+    "threshold": "spectral norm that each layer is held to, above 0 or inf; or several, e.g. 0.5,1,2,inf",
+    "seed": "seed of weights, data order and splits; or several",
+    "loss": "cross-entropy, margin, offset-ce, gloro or emma",
+    "loss_eps": "radius that the loss asks for, in raw input units",
+    "temperature": "temperature of the loss",
+    "optimizer": "sgd, adam or adamw",
+    "lr": "peak learning rate",
+    "weight_decay": "weight decay",
+    "momentum": "momentum of sgd",
+    "schedule": "constant, cosine, step or linear",
+    "warmup_epochs": "epochs over which the learning rate rises",
+    "epochs": "passes over the training part",
+    "batch_size": "samples a step",
+    "augment": "none, shift or shift-flip",
+    "gradient_clip": "largest global gradient norm",
+    "penalty_weight": "weight of the spectral penalty",
+    "validation_fraction": "share of the training part that chooses the epoch",
+    "train_samples": "size of a training subset",
+    "test_samples": "size of a test subset",
+    "attack_samples": "how many test samples to attack",
+    "norm": "norm of the perturbation: l2, linf or l1",
+    "eps": "perturbation sizes in raw input units, e.g. 0.1,0.3 or 36/255",
+    "attacks": "fgsm, pgd, autoattack, deepfool, cw, ddn, fmn; comma-separated",
+    "bound": "method of the Lipschitz bound: product",
+    "checkpoint": "weights to start from, a .safetensors or weights-only torch file",
+}
+_LISTS = ("constraint", "threshold", "seed", "eps", "attacks")
+_TYPES = {field.name: str(field.type) for field in dataclasses.fields(CellConfig)}
+
+
+def parse_settings(flags: Mapping[str, str | None]) -> dict[str, Any]:
+    """The settings that were given (not None), each turned into its field's type.
+
+    Raises:
+        ConfigError: a text that is no number where one is expected; all such are named in one line.
+    """
+    settings: dict[str, Any] = {}
+    problems = []
+    for key, text in flags.items():
+        if text is None:
+            continue
+        try:
+            settings[key] = [_value(key, part) for part in text.split(",")] if key in _LISTS else _value(key, text)
+        except ValueError:
+            problems.append(f"{key} = {text!r}: expected {'integers' if 'int' in _TYPES[key] else 'numbers'}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return settings
+
+
+def _value(key: str, text: str) -> Any:
+    text = text.strip()
+    kind = _TYPES[key]
+    if "int" in kind:
+        return int(text)
+    if "float" in kind:
+        return text if "/" in text else float(text)  # a ratio such as 36/255 is the config's to read
+    return text

@@ -1,0 +1,156 @@
+"""Single stages of the main job on one model: `certify train`, `certify bound`, `certify attack`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ..certify import LipschitzBound, lipschitz
+from ..models.imported import import_model
+from .cell import cell_data, load_model, train_cell
+from .config import CellConfig, ConfigError, RunSpec
+from .data import Dataset, load_dataset
+from .evaluation import CertificateViolationError, Evaluation, evaluate
+from .precision import exact_float32
+from .store import RunFolder, load_checkpoint, lock_output, save_checkpoint
+from .sweep import check_device
+from .training import forget
+
+__all__ = ["Opened", "attack_one", "bound_one", "open_model", "train_one"]
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A model to work on, in eval mode, with its data and its settings."""
+
+    model: nn.Module
+    data: Dataset
+    config: CellConfig
+    name: str
+
+
+def open_model(
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    dataset: str | None = None,
+    data_root: Path | None = None,
+    device: str = "cpu",
+) -> Opened:
+    """The model of a run folder, or of "module:function" on a data set, with weights from a file where given.
+
+    Raises:
+        ConfigError: neither a folder nor module:function, a data set that is missing or not wanted.
+        ValueError: files, data or weights that can't be used.
+    """
+    check_device(device)
+    exact_float32()
+    if Path(name).is_dir():
+        if checkpoint is not None or dataset is not None:
+            raise ConfigError("a run folder brings its own data set and checkpoint; leave these flags out")
+        folder = RunFolder(Path(name).resolve())
+        config = folder.read_config()
+        data = cell_data(config, data_root)
+        return Opened(load_model(folder, data, device), data, config, folder.id)
+    if ":" not in name:
+        raise ConfigError(f"model: expected a run folder or module:function, got {name!r}")
+    if dataset is None:
+        raise ConfigError(f"dataset: expected one for the model {name}; give --dataset")
+    data = load_dataset(dataset, root=data_root)
+    model = import_model(name, data.input_shape, data.num_classes)
+    if checkpoint is not None:
+        load_checkpoint(model, checkpoint)
+    config = RunSpec.from_mapping({"dataset": dataset, "model": name, "constraint": "none"}).cells()[0]
+    return Opened(model.to(device).eval(), data, config, name)
+
+
+def train_one(
+    spec: RunSpec, output: Path, *, device: str, data_root: Path | None, console: Console
+) -> RunFolder:
+    """Train the one cell of `spec` and say where it lies; ConfigError where the spec holds several cells."""
+    cells = spec.cells()
+    if len(cells) != 1:
+        raise ConfigError(f"certify train takes one constraint, threshold and seed, got {len(cells)} cells; use certify run")
+    check_device(device)
+    exact_float32()
+    folder = RunFolder.of(output, cells[0])
+    with lock_output(output):
+        result = train_cell(
+            cells[0],
+            cell_data(cells[0], data_root),
+            folder,
+            device=device,
+            report=lambda progress: console.print(progress.stage, highlight=False),
+        )
+        forget(folder.path, cells[0])
+    state = "" if not result.diverged else f"; the training diverged ({result.status})"
+    console.print(f"best epoch {result.best_epoch}{state}; checkpoint in {folder.path}", highlight=False)
+    return folder
+
+
+def bound_one(opened: Opened, *, norm: str, method: str, console: Console) -> LipschitzBound:
+    """Print the brackets of the affine runs, the whole network's, and the pairwise constants' range."""
+    device = next(iter([*opened.model.parameters(), *opened.model.buffers()])).device
+    points = opened.data.test.x[:256].to(device)
+    found = lipschitz(opened.model, opened.data.input_shape, method, norm, points=points)
+    table = Table(title=f"{opened.name}: {norm} norms", title_justify="left")
+    table.add_column("layers")
+    for column in ("lower", "upper", "upper / lower"):
+        table.add_column(column, justify="right")
+    table.add_column("method")
+    for layer in found.layers:
+        ratio = f"{layer.upper / layer.lower:.4f}" if layer.lower else "–"
+        table.add_row(layer.name, f"{layer.lower:.6g}", f"{layer.upper:.6g}", ratio, layer.method)
+    console.print(table)
+    off_diagonal = found.pairwise[~torch.eye(len(found.pairwise), dtype=torch.bool)]
+    console.print(
+        f"Lipschitz constant ({norm}): at least {found.lower:.6g} (Jacobian on {len(points)} test samples), "
+        f"at most {found.upper:.6g} ({method})\n"
+        f"per pair of logits: at most {float(off_diagonal.min()):.6g} to {float(off_diagonal.max()):.6g}",
+        highlight=False,
+    )
+    return found
+
+
+def attack_one(opened: Opened, settings: Mapping[str, Any], *, console: Console) -> Evaluation:
+    """Attack with `settings` on top of the model's own, print accuracies per attack and eps beside the certified ones.
+
+    Raises:
+        CertificateViolationError: after saving the counterexample in the current folder.
+    """
+    config = _with_settings(opened.config, settings)
+    try:
+        found = evaluate(opened.model, config, opened.data, report=lambda stage: console.print(stage, style="dim"))
+    except CertificateViolationError as error:
+        save_checkpoint("counterexample.safetensors", error.example)
+        raise CertificateViolationError(f"{error}; saved in counterexample.safetensors", error.example) from error
+    results = found.results
+    table = Table(title=f"{opened.name}: accuracy on {results['attacked_count']} attacked samples, %", title_justify="left")
+    table.add_column(f"{config.norm} eps", justify="right")
+    for column in ("certified", "worst case", *config.attacks):
+        table.add_column(column, justify="right")
+    for eps in config.eps:
+        keys = (f"certified_accuracy_attacked_eps_{eps:g}", f"worst_case_accuracy_eps_{eps:g}")
+        values = [results[key] for key in (*keys, *(f"accuracy_{name}_eps_{eps:g}" for name in config.attacks))]
+        table.add_row(f"{eps:g}", *(f"{100 * value:.1f}" for value in values))
+    console.print(table)
+    distance, radius = results["mean_distance"], results["mean_certified_radius_attacked"]
+    if distance is not None:
+        console.print(f"mean certified radius {radius:.4g}, mean smallest distance found {distance:.4g}", highlight=False)
+    return found
+
+
+def _with_settings(config: CellConfig, settings: Mapping[str, Any]) -> CellConfig:
+    """The model's config with other attack settings; a list of one seed stands for itself."""
+    seeds = settings.get("seed", [config.seed])
+    if len(seeds) != 1:
+        raise ConfigError(f"seed: expected one, got {len(seeds)}")
+    values = {field: getattr(config, field) for field in config.__dataclass_fields__}
+    return CellConfig(**{**values, **settings, "seed": seeds[0]})

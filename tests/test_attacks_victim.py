@@ -1,0 +1,166 @@
+"""An attack leaves the model, its gradients and every random state as it found them."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from speccert.attacks import attack, available_attacks
+from speccert.attacks.victim import Victim, undisturbed
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+CASES = [(name, norm) for norm in ("l2", "linf", "l1") for name in available_attacks(norm)]
+QUICK: dict[str, dict[str, Any]] = {"autoattack": {"steps": 3, "queries": 8}, "cw": {"steps": 10, "searches": 2}}
+
+
+def training_model() -> nn.Sequential:
+    """A model in training mode, but for one frozen layer in eval mode; some parameters have gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, 3)
+    )
+    model(torch.rand(4, 1, 6, 6)).sum().backward()
+    model[0].weight.requires_grad_(False)
+    model[1].eval()
+    return model
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    tensors = [t.clone() for t in model.state_dict().values()]
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    flags = [p.requires_grad for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    hooks = [len(module._forward_hooks) + len(module._backward_hooks) for module in model.modules()]
+    return [tensors, gradients, flags, modes, hooks]
+
+
+def same(first: Any, second: Any) -> bool:
+    if isinstance(first, list):
+        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+    if isinstance(first, Tensor):
+        return torch.equal(first, second)
+    return bool(first == second)
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_nothing_is_left_behind(name: str, norm: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = training_model()
+    x, y = torch.rand(5, 1, 6, 6), torch.tensor([0, 1, 2, 0, 1])
+    inputs, labels, before = x.clone(), y.clone(), snapshot(model)
+    torch.manual_seed(11)
+    np.random.seed(11)  # noqa: NPY002
+    random.seed(11)
+    expected = (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random())  # noqa: NPY002
+    torch.manual_seed(11)
+    np.random.seed(11)  # noqa: NPY002
+    random.seed(11)
+    attack(model, x, y, name, norm=norm, eps=0.1, **QUICK.get(name, {}))
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected  # noqa: NPY002
+    assert same(before, snapshot(model))
+    assert torch.equal(x, inputs)
+    assert torch.equal(y, labels)
+    assert x.grad is None
+    assert not x.requires_grad
+    assert capsys.readouterr().out == ""
+
+
+def test_training_model_is_attacked_in_eval_mode() -> None:
+    model = training_model()
+    x, y = torch.rand(5, 1, 6, 6), torch.tensor([0, 1, 2, 0, 1])
+    result = attack(model, x, y, "ddn")
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(result.logits, model(result.x_adv))
+
+
+def test_state_is_restored_after_an_error() -> None:
+    model = training_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="y must lie in"):
+        attack(model, torch.rand(2, 1, 6, 6), torch.tensor([0, 9]), "fgsm", eps=0.1)
+    assert same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_callers_gradient_mode_does_not_matter(context: Any) -> None:
+    model = nn.Linear(4, 2)
+    x, y = torch.rand(3, 4), torch.tensor([0, 1, 0])
+    expected = attack(model, x, y, "ddn")
+    with context():
+        result = attack(model, x.clone(), y, "ddn")
+        assert not torch.is_grad_enabled()
+    assert torch.equal(result.x_adv, expected.x_adv)
+
+
+def test_parametrized_weights_are_computed_once() -> None:
+    calls = []
+
+    class Counted(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            calls.append(1)
+            return 2 * weight
+
+    model = nn.Linear(4, 2)
+    nn.utils.parametrize.register_parametrization(model, "weight", Counted())
+    calls.clear()
+    attack(model, torch.rand(3, 4), torch.tensor([0, 1, 0]), "ddn")
+    assert len(calls) == 1
+    assert model.weight.requires_grad
+
+
+def test_spectral_norm_buffers_stay() -> None:
+    model = parametrizations.spectral_norm(nn.Linear(4, 2))
+    before = snapshot(model)
+    attack(model, torch.rand(3, 4), torch.tensor([0, 1, 0]), "fmn", norm="linf")
+    assert same(before, snapshot(model))
+
+
+def test_shared_gradients_are_counted() -> None:
+    model = nn.Linear(4, 2)
+    victim = Victim(model)
+    with undisturbed(model, 0):
+        victim.gradient(torch.rand(3, 4), lambda logits: logits[:, 0])
+    assert (victim.forwards, victim.gradients) == (3, 3)
+
+
+class NoGradient(nn.Module):
+    """Finite logits whose gradient is not: sqrt at 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([1 + (x - x.detach()).sum(1).sqrt(), x.sum(1) * 0], 1)
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_broken_gradients_raise(name: str, norm: str) -> None:
+    with pytest.raises(ValueError, match="model must have finite input gradients"):
+        attack(NoGradient(), torch.rand(2, 3), torch.zeros(2, dtype=torch.int64), name, norm=norm, eps=0.1)
+
+
+def test_module_without_parameters() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([x.sum(1), 2 - x.sum(1)], 1)
+
+    x = torch.full((2, 4), 0.3)
+    for name in ("fgsm", "pgd", "autoattack"):
+        assert attack(Fixed(), x, torch.ones(2, dtype=torch.int64), name, eps=0.2, **QUICK.get(name, {})).success.all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_gpu(name: str, norm: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 16), nn.ReLU(), nn.Linear(16, 4)).cuda()
+    x = torch.rand(6, 1, 6, 6, device="cuda")
+    y = model(x).argmax(1).cpu()
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(3)
+    first, second = (attack(model, x, y, name, norm=norm, eps=0.1, **QUICK.get(name, {})) for _ in range(2))
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
+    assert first.x_adv.is_cuda
+    torch.testing.assert_close(first.x_adv, second.x_adv)
+    order = {"l2": 2.0, "linf": float("inf"), "l1": 1.0}[norm]
+    assert (torch.linalg.vector_norm((first.x_adv.double() - x.double()).flatten(1), order, 1) <= 0.1).all()
