@@ -92,14 +92,14 @@ def main() -> None:
 @main.command()
 @click.argument("spec", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--output", type=_OUTPUT, default=Path("runs"), show_default=True, help="folder of run folders")
-@click.option("--executor", default=None, help="inline or local [inline; local where --jobs is given]")
-@click.option("--jobs", type=int, default=None, help="processes of the local executor")
+@click.option("--executor", default="local", show_default=True, help="inline (this process) or local (several)")
+@click.option("--jobs", type=int, default=None, help="processes of the local executor [one a core, or one a GPU]")
 @_settings
 @_machine
 def run(
     spec: Path | None,
     output: Path,
-    executor: str | None,
+    executor: str,
     jobs: int | None,
     device: str,
     data_root: Path | None,
@@ -112,7 +112,7 @@ def run(
 
     \b
     certify run
-    certify run --dataset mnist --data-root data --thresholds 0.5,1,2,inf --seeds 0,1,2 --executor local --jobs 2
+    certify run --dataset mnist --data-root data --thresholds 0.5,1,2,inf --seeds 0,1,2 --jobs 2
     """
     grid = _spec(spec, flags)
     from rich.console import Console
@@ -126,8 +126,8 @@ def run(
         table = run_grid(
             grid,
             output,
-            executor=executor or ("local" if jobs is not None else "inline"),
-            jobs=2 if jobs is None else jobs,
+            executor=executor,
+            jobs=jobs,
             device=device,
             data_root=data_root,
             watcher=watcher,
@@ -146,7 +146,7 @@ def train(output: Path, device: str, data_root: Path | None, **flags: str | None
     \b
     certify train --dataset digits --threshold 1 -o runs
     """
-    grid = _spec(None, flags)
+    grid = _spec(None, {**flags, "threshold": flags["threshold"] or "1"})
     from rich.console import Console
 
     from .experiments.stages import train_one

@@ -130,7 +130,9 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], leaves: frozenset[type
     dependent = _dependent(nodes, inputs[0], values)
     for node in dependent:
         if values[node].dim() < 1 or values[node].shape[0] != _BATCH:
-            raise ValueError(f"{node.format_node()}: expected the batch to stay the first axis, got {_BATCH} -> {values[node].shape}")
+            raise ValueError(
+                f"{node.format_node()}: expected the batch to stay the first axis, got {_BATCH} -> {values[node].shape}"
+            )
     constants = {node: value for node, value in values.items() if node not in dependent}
     shapes = {node: tuple(values[node].shape[1:]) for node in dependent}
     if returned not in dependent:

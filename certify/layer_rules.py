@@ -53,16 +53,16 @@ def _convolution(call: Call) -> LinearMap:
     dims = len(layer.kernel_size)
     _check_spatial(call, dims, layer.in_channels)
     if layer.padding_mode not in PADDING_MODES:
-        raise ValueError(f"{call.place}: expected a padding mode of {', '.join(PADDING_MODES)}, got {layer.padding_mode}")
+        raise ValueError(
+            f"{call.place}: expected a padding mode of {', '.join(PADDING_MODES)}, got {layer.padding_mode}"
+        )
     padding = _paddings(layer.padding, layer.kernel_size, layer.dilation)
     return Convolution(
         layer.weight, call.in_shape, layer.stride, padding, layer.dilation, layer.groups, layer.padding_mode
     )
 
 
-def _paddings(
-    padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
+def _paddings(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """(before, after) per axis; torch's "same" puts the odd pixel behind."""
     if padding == "valid":
         return tuple((0, 0) for _ in kernel)
@@ -77,7 +77,15 @@ def _transposed(call: Call) -> LinearMap:
     dims = len(layer.kernel_size)
     _check_spatial(call, dims, layer.in_channels)
     padding = tuple((p, p) for p in layer.padding)
-    axes = zip(call.in_shape[1:], layer.stride, layer.padding, layer.dilation, layer.kernel_size, layer.output_padding, strict=True)
+    axes = zip(
+        call.in_shape[1:],
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.kernel_size,
+        layer.output_padding,
+        strict=True,
+    )
     image = (layer.out_channels, *((n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, s, p, d, k, o in axes))
     return Transposed(
         layer.weight, call.in_shape, image, layer.stride, padding, layer.output_padding, layer.dilation, layer.groups
@@ -198,7 +206,9 @@ def _gelu(call: Call, norm: str) -> float:
 def _softplus(call: Call, norm: str) -> float:
     threshold = _module(call).threshold if call.module is not None else call.argument(1, "threshold", 20)
     if threshold < 20:
-        raise ValueError(f"{call.place}: expected a softplus threshold >= 20, got {threshold}: below, the function jumps")
+        raise ValueError(
+            f"{call.place}: expected a softplus threshold >= 20, got {threshold}: below, the function jumps"
+        )
     return 1.0
 
 
@@ -231,7 +241,9 @@ register_rule(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.C
 register_rule(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, linear=_zero_pad)
 register_rule(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, linear=_identity)
 register_rule("contiguous", "clone", linear=_identity)
-register_rule(torch.flatten, "flatten", "view", "reshape", torch.reshape, "unflatten", "squeeze", "unsqueeze", linear=_reshape)
+register_rule(
+    torch.flatten, "flatten", "view", "reshape", torch.reshape, "unflatten", "squeeze", "unsqueeze", linear=_reshape
+)
 register_rule(operator.mul, torch.mul, "mul", linear=_scale(invert=False))
 register_rule(operator.truediv, torch.div, "div", linear=_scale(invert=True))
 register_rule(operator.neg, torch.neg, "neg", linear=_negate)

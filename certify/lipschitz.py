@@ -112,7 +112,9 @@ def _product_in(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> tu
     def norm_of(parts: tuple[str, ...], linear: LinearMap) -> float:
         bounds = bracket(linear, norm)
         if parts:
-            layers.append(LayerBound(" + ".join(parts), type(linear).__name__, bounds.lower, bounds.upper, bounds.method))
+            layers.append(
+                LayerBound(" + ".join(parts), type(linear).__name__, bounds.lower, bounds.upper, bounds.method)
+            )
         return bounds.upper
 
     graph, like = trace(model, input_shape, leaf_types()), floating_like(model)
@@ -133,7 +135,9 @@ def _product_in(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> tu
 
 def _check_logits(shape: tuple[int, ...]) -> None:
     if len(shape) != 1 or shape[0] < 2:
-        raise ValueError(f"the model: expected logits [B, K] with K >= 2, got an output of shape [B, {', '.join(map(str, shape))}]")
+        raise ValueError(
+            f"the model: expected logits [B, K] with K >= 2, got an output of shape [B, {', '.join(map(str, shape))}]"
+        )
 
 
 def _pairwise(place: Place, constant: float, shape: tuple[int, ...], norm: str) -> Tensor:

@@ -46,4 +46,3 @@ def estimate_norm(
         vector = starting_vector(linear.in_shape, like_of(linear))
     vector = improve(linear, vector, steps)
     return linear.apply(vector).norm(), vector
-

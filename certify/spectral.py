@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from .linear import LinearMap, NormBounds, check_norm, float64
-from .power import estimate_norm
+from .linear import SAFETY, LinearMap, NormBounds, check_norm, converted, float64, like_of
+from .power import estimate_norm, improve, starting_vector
 from .rules import linear_map_of
 
 
@@ -33,6 +33,10 @@ def bracket(linear: LinearMap, norm: str = "l2", steps: int = 50) -> NormBounds:
     bounds = linear.bounds(norm)
     if bounds.lower > 0 or bounds.upper == 0 or norm != "l2":
         return bounds
-    lower = float(estimate_norm(float64(linear), steps=steps)[0])
-    return NormBounds(min(bounds.upper, lower * (1 - 1e-9)), bounds.upper, bounds.method)
-
+    exact, start = float64(linear), None
+    if 1e-6 < bounds.upper < 1e6:  # float32 finds the direction several times faster; its norm is taken in float64
+        rounded = converted(exact, lambda tensor: tensor.float())
+        start = improve(rounded, starting_vector(linear.in_shape, like_of(rounded).float()), steps).double()
+        start, steps = start / start.norm(), 0
+    lower = float(estimate_norm(exact, start, steps)[0])
+    return NormBounds(min(bounds.upper, lower * (1 - SAFETY)), bounds.upper, bounds.method)

@@ -91,9 +91,7 @@ def run_cell(
     data = cell_data(config, data_root)
     trained = train_cell(config, data, folder, device=device, report=report)
     try:
-        found = evaluate(
-            trained.model, config, data, report=lambda stage: report(Progress(folder.id, stage, 1.0))
-        )
+        found = evaluate(trained.model, config, data, report=lambda stage: report(Progress(folder.id, stage, 1.0)))
     except CertificateViolationError as error:
         path = folder.path / "counterexample.safetensors"
         save_checkpoint(path, error.example)
@@ -141,5 +139,7 @@ def _machine(device: str) -> dict[str, Any]:
         "torch_version": torch.__version__,
         "python_version": platform.python_version(),
         "device": device,
-        "machine": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name(device)
+        if cuda
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
     }

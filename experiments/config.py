@@ -102,16 +102,16 @@ class CellConfig:
     constraint: str = "cap"
     threshold: float = 1.0  # spectral norm of a layer; inf = not constrained
     seed: int = 0
-    loss: str = "offset-ce"
+    loss: str = "cross-entropy"
     loss_eps: float = 0.5  # margin radius
-    temperature: float = 0.25
+    temperature: float = 0.1
     optimizer: str = "adamw"
     lr: float = 3e-3
     weight_decay: float = 0.0
     momentum: float = 0.9
     schedule: str = "cosine"
     warmup_epochs: int = 0
-    epochs: int = 40
+    epochs: int = 30
     batch_size: int = 64
     augment: str = "none"
     gradient_clip: float | None = None
@@ -122,7 +122,7 @@ class CellConfig:
     attack_samples: int | None = None
     norm: str = "l2"
     eps: tuple[float, ...] = (0.1, 0.3, 0.5)  # kept sorted
-    attacks: tuple[str, ...] = ("fgsm", "pgd", "autoattack", "ddn")
+    attacks: tuple[str, ...] = ("fgsm", "pgd", "ddn")
     bound: str = "product"
     checkpoint: str | None = None  # weights to start from (.safetensors or a torch file)
 
@@ -184,7 +184,7 @@ class RunSpec:
     """
 
     constraints: tuple[str, ...] = ("cap",)
-    thresholds: tuple[float, ...] = (1.0,)
+    thresholds: tuple[float, ...] = (0.5, 0.7, 1.0, 1.5, math.inf)
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

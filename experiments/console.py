@@ -18,7 +18,7 @@ from .executors import Finished
 
 __all__ = ["LiveRun"]
 
-_MISSING = "–"
+_MISSING = "\N{EN DASH}"
 
 
 class LiveRun:
@@ -65,9 +65,7 @@ class LiveRun:
         epochs = self._cells[progress.id].epochs
         if progress.id not in self._tasks:
             self._tasks[progress.id] = self._bars.add_task(_title(self._cells[progress.id]), total=epochs, stage="")
-        self._bars.update(
-            self._tasks[progress.id], completed=round(progress.fraction * epochs), stage=progress.stage
-        )
+        self._bars.update(self._tasks[progress.id], completed=round(progress.fraction * epochs), stage=progress.stage)
 
     def finish(self, finished: Finished) -> None:
         """See `Watcher.finish`."""

@@ -1,9 +1,9 @@
-"""Evaluation of one trained model: bounds, certified radii, attacks on the same samples, and the check of one by the other."""
+"""Evaluation of one trained model: bounds, certified radii, attacks on the same samples, one checked by the other."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,7 +100,7 @@ def evaluate(
 def _certify(
     model: nn.Module, split: Split, bounds: Mapping[str, LipschitzBound]
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
-    logits = torch.cat([model(part) for part in split.x.split(_BATCH)])
+    logits = torch.cat([model(part) for part in torch.split(split.x, _BATCH)])
     rivals = logits.double().scatter(1, split.y[:, None], -torch.inf).amax(1)
     own = logits.double().gather(1, split.y[:, None]).squeeze(1)
     columns: dict[str, Any] = {
@@ -131,7 +131,7 @@ def _attack_all(model: nn.Module, config: CellConfig, split: Split, report: Repo
     index = _chosen(config, len(split)).to(split.x.device)
     x, y = split.x[index], split.y[index]
     with torch.no_grad():
-        logits = torch.cat([model(part) for part in x.split(_BATCH)])
+        logits = torch.cat([model(part) for part in torch.split(x, _BATCH)])
     wrong = logits.argmax(1) != y
     distance = torch.full((len(y),), torch.inf, dtype=torch.float64, device=x.device).masked_fill(wrong, 0.0)
     state = _Attacked(index, x, y, distance, x.clone())
@@ -150,15 +150,20 @@ def _attack_all(model: nn.Module, config: CellConfig, split: Split, report: Repo
     return state
 
 
-def _run(
-    model: nn.Module, config: CellConfig, state: _Attacked, name: str, eps: float | None, found: Tensor
-) -> None:
-    """Attack the samples that this attack has not broken within eps; `found` and `state` keep the smallest distances."""
+def _run(model: nn.Module, config: CellConfig, state: _Attacked, name: str, eps: float | None, found: Tensor) -> None:
+    """Attack the samples that this attack has not broken within eps; `found` and `state` keep the nearest."""
     standing = (found > (0.0 if eps is None else eps)).nonzero().squeeze(1)
     if not len(standing):
         return
     result = attack(
-        model, state.x[standing], state.y[standing], name, norm=config.norm, eps=eps, seed=config.seed, batch_size=_BATCH
+        model,
+        state.x[standing],
+        state.y[standing],
+        name,
+        norm=config.norm,
+        eps=eps,
+        seed=config.seed,
+        batch_size=_BATCH,
     )
     found[standing] = torch.minimum(found[standing], result.distance)
     better = result.distance < state.distance[standing]
@@ -246,8 +251,8 @@ def _with_attacks(samples: pd.DataFrame, attacked: _Attacked) -> pd.DataFrame:
     """The rows of all samples, joined with what the attacks found; missing where a sample was not attacked."""
     rows = {"distance": attacked.distance, **attacked.columns}
     found = pd.DataFrame({name: values.cpu().numpy() for name, values in rows.items()}, index=attacked.index.tolist())
-    flags: Sequence[str] = [name for name in found if name.startswith("robust_")]
-    found[list(flags)] = found[list(flags)].astype("boolean")
+    flags = [name for name in rows if name.startswith("robust_")]
+    found[flags] = found[flags].astype("boolean")
     joined = samples.join(found)
     joined["attacked"] = joined["index"].isin(found.index)
     return joined

@@ -73,10 +73,11 @@ class LocalExecutor(Executor):
     def events(self, cells: Sequence[CellConfig], arguments: dict[str, Any]) -> Iterator[Event]:
         """See `Executor.events`. A worker that dies takes its pool with it: its cells end with WorkerError."""
         context = multiprocessing.get_context("spawn")
-        threads = max(1, (os.cpu_count() or 1) // self._jobs)
+        workers = min(self._jobs, len(cells))
+        threads = max(1, (os.cpu_count() or 1) // workers)
         with context.Manager() as manager:
             inbox = manager.Queue()
-            pool = ProcessPoolExecutor(self._jobs, mp_context=context, initializer=_start, initargs=(threads,))
+            pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(threads,))
             devices = _devices(arguments["device"])
             futures = {
                 pool.submit(_work, cell, {**arguments, "device": devices[k % len(devices)]}, inbox): config_id(cell)
@@ -111,7 +112,7 @@ def _finished(identity: str, future: Future[dict[str, Any]]) -> Finished:
 
 
 def _stop(pool: ProcessPoolExecutor) -> None:
-    """Cancel what has not begun and end the workers: each file they write is whole or absent, so this loses an epoch."""
+    """Cancel what has not begun and end the workers: their files are whole or absent, so this loses an epoch."""
     processes = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
     for process in processes:
@@ -136,6 +137,11 @@ def _devices(device: str) -> list[str]:
 
 
 EXECUTORS = ("inline", "local")
+
+
+def default_jobs(device: str) -> int:
+    """One process a GPU where the device is cuda, else one a core."""
+    return torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
 
 
 def make_executor(name: str, jobs: int, on_progress: Callable[[Progress], None]) -> Executor:

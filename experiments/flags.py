@@ -15,7 +15,7 @@ HELP = {
     "model": "mlp, convnet-4c3f, convnet-6c2f, lipconvnet, liresnet, or module:function",
     "width": "neurons or channels of the model's layers",
     "depth": "hidden layers or blocks of the model",
-    "activation": "maxmin, groupsort, householder, abs, relu, leaky-relu, tanh, sigmoid, softplus, gelu, silu, identity",
+    "activation": "maxmin, groupsort, householder, abs, relu, leaky-relu, tanh, sigmoid, softplus, gelu, silu",
     "normalise": "first layer of the model: none, center (subtract the mean) or standard (divide by the deviation too)",
     "constraint": "cap, clip, orthogonal, orthogonal-bjorck, penalty, none, weight-decay, gradient-clip; or several",
     "threshold": "spectral norm that each layer is held to, above 0 or inf; or several, e.g. 0.5,1,2,inf",

@@ -71,13 +71,13 @@ def open_model(
     return Opened(model.to(device).eval(), data, config, name)
 
 
-def train_one(
-    spec: RunSpec, output: Path, *, device: str, data_root: Path | None, console: Console
-) -> RunFolder:
+def train_one(spec: RunSpec, output: Path, *, device: str, data_root: Path | None, console: Console) -> RunFolder:
     """Train the one cell of `spec` and say where it lies; ConfigError where the spec holds several cells."""
     cells = spec.cells()
     if len(cells) != 1:
-        raise ConfigError(f"certify train takes one constraint, threshold and seed, got {len(cells)} cells; use certify run")
+        raise ConfigError(
+            f"certify train takes one constraint, threshold and seed, got {len(cells)} cells; use certify run"
+        )
     check_device(device)
     exact_float32()
     folder = RunFolder.of(output, cells[0])
@@ -106,7 +106,7 @@ def bound_one(opened: Opened, *, norm: str, method: str, console: Console) -> Li
         table.add_column(column, justify="right")
     table.add_column("method")
     for layer in found.layers:
-        ratio = f"{layer.upper / layer.lower:.4f}" if layer.lower else "–"
+        ratio = f"{layer.upper / layer.lower:.4f}" if layer.lower else "-"
         table.add_row(layer.name, f"{layer.lower:.6g}", f"{layer.upper:.6g}", ratio, layer.method)
     console.print(table)
     off_diagonal = found.pairwise[~torch.eye(len(found.pairwise), dtype=torch.bool)]
@@ -132,7 +132,9 @@ def attack_one(opened: Opened, settings: Mapping[str, Any], *, console: Console)
         save_checkpoint("counterexample.safetensors", error.example)
         raise CertificateViolationError(f"{error}; saved in counterexample.safetensors", error.example) from error
     results = found.results
-    table = Table(title=f"{opened.name}: accuracy on {results['attacked_count']} attacked samples, %", title_justify="left")
+    table = Table(
+        title=f"{opened.name}: accuracy on {results['attacked_count']} attacked samples, %", title_justify="left"
+    )
     table.add_column(f"{config.norm} eps", justify="right")
     for column in ("certified", "worst case", *config.attacks):
         table.add_column(column, justify="right")
@@ -143,7 +145,9 @@ def attack_one(opened: Opened, settings: Mapping[str, Any], *, console: Console)
     console.print(table)
     distance, radius = results["mean_distance"], results["mean_certified_radius_attacked"]
     if distance is not None:
-        console.print(f"mean certified radius {radius:.4g}, mean smallest distance found {distance:.4g}", highlight=False)
+        console.print(
+            f"mean certified radius {radius:.4g}, mean smallest distance found {distance:.4g}", highlight=False
+        )
     return found
 
 

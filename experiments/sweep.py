@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ import torch
 
 from .cell import Progress, cell_data
 from .config import CellConfig, RunSpec, config_id
-from .executors import Finished, is_fatal, make_executor
+from .executors import Finished, default_jobs, is_fatal, make_executor
 from .plots import write_figures
 from .store import RunFolder, find_runs, lock_output
 from .tables import robustness_table, write_table
@@ -49,7 +49,7 @@ def run(
     output: str | Path = "runs",
     *,
     executor: str = "inline",
-    jobs: int = 2,
+    jobs: int | None = None,
     device: str = "cpu",
     data_root: str | Path | None = None,
     watcher: Watcher | None = None,
@@ -62,7 +62,8 @@ def run(
     Args:
         spec: the grid, or its settings as for `RunSpec.from_mapping`; None for the defaults (digits).
         output: folder for one sub-folder a cell, robustness.csv/.md/.tex and figures/.
-        executor: "inline" or "local" (`jobs` processes).
+        executor: "inline" or "local".
+        jobs: processes of the local executor; one a core, or one a GPU where the device is cuda, if None.
         device: "cpu", "cuda" or "cuda:N".
         data_root: where the public data sets lie; see `load_dataset`.
         watcher: is told how the run goes.
@@ -78,7 +79,7 @@ def run(
     spec = RunSpec.from_mapping(spec or {}) if not isinstance(spec, RunSpec) else spec
     watcher = watcher or _Silent()
     check_device(device)
-    chosen = make_executor(executor, jobs, watcher.progress)
+    chosen = make_executor(executor, default_jobs(device) if jobs is None else jobs, watcher.progress)
     cells = spec.cells()
     with lock_output(output):
         folders = {config_id(cell): RunFolder.of(output, cell) for cell in cells}
@@ -132,6 +133,3 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: expected cpu, cuda or cuda:N of this machine, got {device!r} ({reason})") from error
-
-
-Report = Callable[[Progress], None]

@@ -84,7 +84,9 @@ class SpectralConstraint(nn.Module, ABC):
             held = weight * (self.threshold / self.operator(weight).bounds().upper * (1 - slack))
             slack *= 4
             if slack > 0.5:
-                raise ValueError(f"weight: expected one that can be scaled to norm {self.threshold:g}, got norm {bound:g}")
+                raise ValueError(
+                    f"weight: expected one that can be scaled to norm {self.threshold:g}, got norm {bound:g}"
+                )
         return held
 
     def norm_estimate(self, weight: Tensor) -> Tensor:
@@ -98,7 +100,7 @@ class SpectralConstraint(nn.Module, ABC):
 class Cap(SpectralConstraint):
     """W * min(1, c / ||W||): the whole weight is scaled down to norm c, and left alone below.
 
-    In training the norm is estimated by one warm-started power step on the true operator; the gradient passes through it.
+    In training the norm is estimated by one warm-started power step on the true operator; gradients pass through it.
     """
 
     def project(self, weight: Tensor) -> Tensor:
@@ -215,7 +217,9 @@ def _check_layers(layers: list[tuple[str, nn.Module]], input_shape: tuple[int, .
     for name, layer in layers:
         place = name or "module"
         if parametrize.is_parametrized(layer, "weight"):
-            raise ValueError(f"{place}: expected a layer without a constraint, got one that has a parametrization already")
+            raise ValueError(
+                f"{place}: expected a layer without a constraint, got one that has a parametrization already"
+            )
         if not bool(torch.isfinite(cast(Tensor, layer.weight)).all()):
             raise ValueError(f"{place}.weight: expected finite numbers; got NaN or infinity")
         if input_shape is None and plain_type(layer) not in _POINTWISE:
@@ -236,8 +240,7 @@ def _input_shapes(
             shapes[name] = shape
 
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0]))  # type: ignore[misc]
-        for name, layer in layers
+        layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0])) for name, layer in layers
     ]
     like = cast(Tensor, layers[0][1].weight)
     try:

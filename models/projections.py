@@ -20,7 +20,8 @@ class _ClipSingularValues(torch.autograd.Function):
         ctx.save_for_backward(left, values, right)
         ctx.ceiling = ceiling
         excess = (values - ceiling).clamp_min(0)
-        return matrix - (left * excess.unsqueeze(-2)) @ right
+        clipped: Tensor = matrix - (left * excess.unsqueeze(-2)) @ right
+        return clipped
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -77,7 +78,7 @@ def clip_convolution(
     symbol = torch.fft.fftn(weight.reshape(groups, -1, *weight.shape[1:]), s=sides, dim=axes)
     blocks = symbol.movedim((1, 2), (-2, -1))
     clipped = clip_singular_values(blocks, ceiling).movedim((-2, -1), (1, 2))
-    full = torch.fft.ifftn(clipped, dim=axes).real
+    full: Tensor = torch.fft.ifftn(clipped, dim=axes).real
     return full[(..., *(slice(size) for size in kernel))].reshape(weight.shape)
 
 
@@ -125,8 +126,8 @@ def almost_orthogonal(
 ) -> Tensor:  # as weight
     """AOL: divide input channel c by sqrt(d_c), d_c = sum over b and offsets of |sum_a W_ac * W_ab|; norm at most 1.
 
-    Holds for zero and circular padding, any stride and dilation. Prach, Lampert, "Almost-orthogonal layers for efficient
-    general-purpose Lipschitz networks", ECCV 2022, Theorem 2.
+    Holds for zero and circular padding, any stride and dilation. Prach, Lampert, "Almost-orthogonal layers for
+    efficient general-purpose Lipschitz networks", ECCV 2022, Theorem 2.
     """
     kernel = weight.shape[2:]
     channels = weight.shape[1]

@@ -9,7 +9,7 @@ from speccert.certify import certified_radii
 from speccert.experiments.config import CellConfig
 from speccert.experiments.data import Dataset, Split
 from speccert.experiments.store import StoreError, save_checkpoint
-from speccert.experiments.training import train
+from speccert.experiments.training import forget, train
 
 TIMES = ["epoch_s", "step_s"]
 
@@ -103,6 +103,7 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path, settings):
     resumed = train(config, data, folder=tmp_path, on_epoch=lambda row: epochs.append(row["epoch"]))
     assert epochs == [3, 4]
     assert_same(resumed, whole)
+    forget(tmp_path, config)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -157,6 +158,7 @@ def test_a_huge_learning_rate_is_named_and_leaves_no_bad_weights(tmp_path, lr, o
         assert result.best_epoch < len(result.history)
     assert all(value.isfinite().all() for value in weights(result).values())
     assert not any(layer.training for layer in result.model.modules())
+    forget(tmp_path, config)
     assert list(tmp_path.iterdir()) == []
 
 

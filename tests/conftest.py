@@ -1,0 +1,9 @@
+"""Puts this folder on the path: with importlib mode tests can then `import oracles`."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
