@@ -5,20 +5,25 @@ Heavy imports stay inside the commands, so that `certify --help` answers at once
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from . import __version__
-from .experiments.config import ConfigError, RunSpec
+from .experiments.config import CellConfig, ConfigError, RunSpec
 from .experiments.flags import HELP, parse_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _OUTPUT = click.Path(file_okay=False, path_type=Path)
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_PIPE_WIDTH = 100  # characters, where the output is no terminal
 
 
 class _Group(click.Group):
@@ -32,10 +37,10 @@ class _Group(click.Group):
         except click.exceptions.Exit as stop:
             sys.exit(stop.exit_code)
         except click.ClickException as error:
-            _fail(error.format_message(), 2)
+            _fail(error.format_message(), error.exit_code)
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted; what is finished is kept, and the same command goes on from there", 130)
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError, ArithmeticError) as error:
             _fail(_one_line(error), 2 if isinstance(error, ConfigError) else 1)
         sys.exit(0)
 
@@ -48,6 +53,13 @@ def _fail(message: str, code: int) -> NoReturn:
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=_PIPE_WIDTH if piped else None)
 
 
 def _settings(command: Command) -> Command:
@@ -77,9 +89,14 @@ def _spec(path: Path | None, flags: dict[str, str | None]) -> RunSpec:
     return RunSpec.from_toml(path, overrides=settings)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="certify")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Certify how robust a neural network is, and attack it to check.
 
     \b
@@ -87,6 +104,8 @@ def main() -> None:
     certify run spec.toml -o runs/mnist    the same of a spec file
     certify doctor                         what this machine can do
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @main.command()
@@ -115,13 +134,11 @@ def run(
     certify run --dataset mnist --data-root data --thresholds 0.5,1,2,inf --seeds 0,1,2 --jobs 2
     """
     grid = _spec(spec, flags)
-    from rich.console import Console
-
     from .experiments.console import LiveRun
     from .experiments.sweep import run as run_grid
     from .experiments.tables import print_table
 
-    console = Console()
+    console = _console()
     with LiveRun(console) as watcher:
         table = run_grid(
             grid,
@@ -147,11 +164,9 @@ def train(output: Path, device: str, data_root: Path | None, **flags: str | None
     certify train --dataset digits --threshold 1 -o runs
     """
     grid = _spec(None, {**flags, "threshold": flags["threshold"] or "1"})
-    from rich.console import Console
-
     from .experiments.stages import train_one
 
-    train_one(grid, output, device=device, data_root=data_root, console=Console())
+    train_one(grid, output, device=device, data_root=data_root, console=_console())
 
 
 @main.command()
@@ -176,23 +191,21 @@ def bound(
     certify bound runs/3f2a9c0d1e4b
     certify bound mynet:build --checkpoint weights.safetensors --dataset mnist --norm linf
     """
-    from rich.console import Console
-
     from .experiments.stages import bound_one, open_model
 
     opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device)
-    bound_one(opened, norm=norm, method=method, console=Console())
+    bound_one(opened, norm=norm, method=method, console=_console())
 
 
 @main.command()
 @click.argument("model")
 @click.option("--checkpoint", type=click.Path(path_type=Path), default=None, help="weights of a module:function model")
 @click.option("--dataset", default=None, help=f"data of a module:function model: {HELP['dataset']}")
-@click.option("--attacks", default="fgsm,pgd,autoattack,ddn", show_default=True, help=HELP["attacks"])
-@click.option("--norm", default="l2", show_default=True, help="l2, linf or l1")
+@click.option("--attacks", default=None, help=HELP["attacks"] + " [those of the run]")
+@click.option("--norm", default=None, help="l2, linf or l1 [that of the run]")
 @click.option("--eps", default=None, help=HELP["eps"] + " [those of the run]")
-@click.option("--samples", default=None, help="how many test samples to attack [all]")
-@click.option("--seed", default="0", show_default=True, help="seed of the attacks and of the choice of samples")
+@click.option("--samples", default=None, help="how many test samples to attack [as many as the run]")
+@click.option("--seed", default=None, help="seed of the attacks and of the choice of samples [that of the run]")
 @_machine
 def attack(
     model: str,
@@ -200,11 +213,11 @@ def attack(
     dataset: str | None,
     device: str,
     data_root: Path | None,
-    attacks: str,
-    norm: str,
+    attacks: str | None,
+    norm: str | None,
     eps: str | None,
     samples: str | None,
-    seed: str,
+    seed: str | None,
 ) -> None:
     """Attack MODEL (a run folder, or module:function) and hold the result against its certificate.
 
@@ -212,12 +225,10 @@ def attack(
     certify attack runs/3f2a9c0d1e4b --attacks pgd,ddn --eps 0.1,0.5 --samples 200
     """
     settings = parse_settings({"attacks": attacks, "norm": norm, "eps": eps, "attack_samples": samples, "seed": seed})
-    from rich.console import Console
-
     from .experiments.stages import attack_one, open_model
 
     opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device)
-    attack_one(opened, settings, console=Console())
+    attack_one(opened, settings, console=_console())
 
 
 @main.command()
@@ -232,12 +243,12 @@ def table(folder: Path, per_seed: bool, eps: str | None, path: Path | None) -> N
     \b
     certify table runs --eps 0.3 --file robustness.tex
     """
-    settings = parse_settings({"eps": eps})
+    chosen = None if eps is None else CellConfig(**parse_settings({"eps": eps})).eps
     from .experiments.tables import print_table, robustness_table, write_table
 
-    found = robustness_table(folder, aggregate=not per_seed, eps=settings.get("eps"))
+    found = robustness_table(folder, aggregate=not per_seed, eps=chosen)
     if path is None:
-        print_table(found)
+        print_table(found, _console())
     else:
         write_table(found, path)
 

@@ -72,13 +72,15 @@ def _trained_like(noise: Tensor) -> Tensor:
     left, right = (torch.linalg.qr(torch.randn(size, rank))[0] for size in (c_out, c_in))
     bumps = torch.stack([_bump(height, width) for _ in range(rank)])
     smooth = torch.einsum("or,ir,rhw->oihw", left / torch.arange(1, rank + 1), right, bumps)
-    return smooth + 0.1 * smooth.norm() / noise.norm() * noise
+    kernel: Tensor = smooth + 0.1 * smooth.norm() / noise.norm() * noise
+    return kernel
 
 
 def _bump(height: int, width: int) -> Tensor:
     centre = 0.5 * torch.randn(2)
     rows, columns = (torch.arange(size) - (size - 1) / 2 for size in (height, width))
-    return torch.exp(-((rows - centre[0])[:, None].square() + (columns - centre[1]).square()) / 2)
+    bump: Tensor = torch.exp(-((rows - centre[0])[:, None].square() + (columns - centre[1]).square()) / 2)
+    return bump
 
 
 class Operator:
@@ -104,7 +106,8 @@ def power_iterations(operator: Operator) -> Tensor:
         x = operator.gram(x)
         length = x.norm()
         x = x / length
-    return length.sqrt()
+    norm: Tensor = length.sqrt()
+    return norm
 
 
 def exact_norm(operator: Operator) -> float:

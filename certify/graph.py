@@ -12,6 +12,14 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_FORWARDS = ("forward", "_conv_forward")
+
+# The only numbers that may be read from a tensor: they follow from its shape and type.
+_SIZES = ("size", "dim", "ndimension", "numel", "nelement")
+_SIZE_ATTRIBUTES = ("shape", "ndim", "dtype", "device")
+
+# Relative deviation that rounding can cause between two runs of a model with batches of two sizes.
+_REPLAY = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
@@ -47,11 +55,16 @@ def check_model(model: nn.Module) -> None:
         place = f"{name or 'the model'} ({type_name(module)})"
         if module.training:
             raise ValueError(f"{place}: expected eval mode, got training mode; call model.eval() first")
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            raise ValueError(f"{place}: expected no forward hooks, since a hook can change what the layer computes")
-        if "forward" in vars(module):
-            raise ValueError(f"{place}: expected the forward of its class, got one set on the instance")
+        check_unchanged(module, place)
     check_finite_state(model)
+
+
+def check_unchanged(module: nn.Module, place: str) -> None:
+    """Raise ValueError where a module need not compute what its type says: forward hooks, a replaced forward."""
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise ValueError(f"{place}: expected no forward hooks, since a hook can change what the layer computes")
+    if not vars(module).keys().isdisjoint(_FORWARDS):
+        raise ValueError(f"{place}: expected the forward of its class, got one set on the instance")
 
 
 def check_finite_state(model: nn.Module) -> None:
@@ -89,6 +102,8 @@ class Graph:
     shapes: dict[fx.Node, tuple[int, ...]]  # without the batch
     input: fx.Node
     output: fx.Node  # the node that the model returns
+    sample: Tensor  # the batch on which it was recorded
+    image: Tensor  # what the graph gave for it
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a call_module node calls."""
@@ -112,61 +127,137 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], leaves: frozenset[type
     """Trace `model` (one tensor in, one tensor out) and record what each node gives on an input of `input_shape`.
 
     Raises:
-        ValueError: control flow that depends on data, several inputs or outputs, a shape that does not fit the model, or
-            an operation that mixes the samples of a batch.
+        ValueError: control flow that depends on data, several inputs or outputs, a shape that does not fit the model, an
+            operation that mixes the samples of a batch, or a tensor changed in place that is used again.
     """
+    attributes = set(vars(model))
     try:
-        graph = _Tracer(leaves).trace(model)
-    except (fx.proxy.TraceError, TypeError) as error:
-        raise ValueError(f"the model can't be traced by torch.fx: {_one_line(error)}") from error
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise ValueError(f"the model: expected one input tensor, got {len(inputs)} inputs")
-    values = _record(model, graph, input_shape)
+        graph = _symbolic(model, leaves)
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        if len(inputs) != 1:
+            raise ValueError(f"the model: expected one input tensor, got {len(inputs)} inputs")
+        sample = _sample(model, input_shape)
+        values = _record(model, graph, sample)
+    finally:  # torch.fx stores tensors that are no parameter or buffer as attributes of the model
+        for name in [name for name in vars(model) if name not in attributes]:
+            delattr(model, name)
     nodes = list(graph.nodes)
     returned = nodes[-1].args[0]
     if not isinstance(returned, fx.Node) or not isinstance(values[returned], Tensor):
         raise ValueError("the model: expected one tensor as output, got a structure")
     dependent = _dependent(nodes, inputs[0], values)
     for node in dependent:
-        if values[node].dim() < 1 or values[node].shape[0] != _BATCH:
-            raise ValueError(
-                f"{node.format_node()}: expected the batch to stay the first axis, got {_BATCH} -> {values[node].shape}"
-            )
+        _check_value(node, values[node])
+    _check_in_place(model, nodes, values, inputs[0], dependent)
     constants = {node: value for node, value in values.items() if node not in dependent}
     shapes = {node: tuple(values[node].shape[1:]) for node in dependent}
     if returned not in dependent:
         raise ValueError("the model: its output does not depend on its input")
-    return Graph(model, nodes[:-1], constants, shapes, inputs[0], returned)
+    return Graph(model, nodes[:-1], constants, shapes, inputs[0], returned, sample, values[returned])
+
+
+def _symbolic(model: nn.Module, leaves: frozenset[type[nn.Module]]) -> fx.Graph:
+    try:
+        graph = _Tracer(leaves).trace(model)
+    except (fx.proxy.TraceError, TypeError, RuntimeError, NameError, AttributeError) as error:
+        raise ValueError(f"the model can't be traced by torch.fx: {_one_line(error)}") from error
+    for node in graph.nodes:
+        name = str(node.target) if node.op == "call_method" else ""
+        if node.kwargs.get("out") is not None or (name.endswith("_") and not name.endswith("__")):
+            raise ValueError(f"{node.format_node()}: expected no change in place of a tensor")
+    return graph
+
+
+def _sample(model: nn.Module, input_shape: tuple[int, ...]) -> Tensor:
+    values = torch.randn(_BATCH, *input_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return values.to(floating_like(model))
 
 
 @torch.no_grad()
-def _record(model: nn.Module, graph: fx.Graph, input_shape: tuple[int, ...]) -> dict[fx.Node, Any]:
-    like = floating_like(model)
+def _record(model: nn.Module, graph: fx.Graph, sample: Tensor) -> dict[fx.Node, Any]:
     recorder = _Recorder(fx.GraphModule(model, graph))
-    with eval_mode(model):
-        try:
-            recorder.run(torch.zeros(_BATCH, *input_shape, dtype=like.dtype, device=like.device))
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"input_shape: {input_shape} does not fit the model: {_one_line(error)}") from error
+    with eval_mode(model), _errors_of_shape(sample):
+        recorder.run(sample.clone())
     return recorder.values
+
+
+@torch.no_grad()
+def check_replay(graph: Graph) -> None:
+    """Raise ValueError where the model itself, on fewer samples, gives other outputs than its graph did.
+
+    A trace forgets that two names are one tensor (`b = a; a += x` also changes b) and takes the batch size for a constant.
+    """
+    with _errors_of_shape(graph.sample):
+        found = graph.model(graph.sample[:2].clone())
+    expected = graph.image[:2]
+    tolerance = _REPLAY.get(expected.dtype, 0.1)
+    largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().max() if expected.numel() else 0.0
+    if not torch.allclose(found, expected, rtol=0.0, atol=tolerance * float(largest), equal_nan=True):
+        raise ValueError(
+            "the model: expected its traced graph to give the same outputs; a tensor in use is changed in place, or a "
+            "sample's output depends on the other samples of its batch"
+        )
+
+
+@contextmanager
+def _errors_of_shape(sample: Tensor) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        shape = tuple(sample.shape[1:])
+        raise ValueError(f"input_shape: {shape} does not fit the model: {_one_line(error)}") from error
 
 
 def _dependent(nodes: list[fx.Node], source: fx.Node, values: dict[fx.Node, Any]) -> set[fx.Node]:
     """Nodes whose tensor value depends on the input's; sizes and shapes taken from it are constants."""
     found = {source}
     for node in nodes:
-        if isinstance(values.get(node), Tensor) and any(parent in found for parent in node.all_input_nodes):
+        if node.op == "output" or not any(parent in found for parent in node.all_input_nodes):
+            continue
+        if isinstance(values.get(node), Tensor):
             found.add(node)
-        elif node.op != "output" and not _static(values.get(node)) and any(p in found for p in node.all_input_nodes):
+        elif not _is_size(node):
             raise ValueError(f"{node.format_node()}: expected one tensor, got {type(values.get(node)).__name__}")
     return found
 
 
-def _static(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_static(part) for part in value)
-    return value is None or isinstance(value, (int, float, str, torch.dtype, torch.device))
+def _is_size(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target in _SIZES
+    return node.target is getattr and node.args[1] in _SIZE_ATTRIBUTES
+
+
+def _check_value(node: fx.Node, value: Tensor) -> None:
+    if value.dim() < 1 or value.shape[0] != _BATCH:
+        raise ValueError(
+            f"{node.format_node()}: expected the batch to stay the first axis, got {_BATCH} -> {tuple(value.shape)}"
+        )
+    if not value.is_floating_point():
+        raise ValueError(f"{node.format_node()}: expected floating-point numbers, got {value.dtype}")
+
+
+def _check_in_place(
+    model: nn.Module, nodes: list[fx.Node], values: dict[fx.Node, Any], source: fx.Node, dependent: set[fx.Node]
+) -> None:
+    """Raise ValueError where an operation changes a tensor in place that is read again afterwards."""
+
+    def memory(node: fx.Node) -> int:
+        return int(values[node].untyped_storage().data_ptr()) if node in dependent else 0
+
+    for position, node in enumerate(nodes):
+        if not _in_place(model, node):
+            continue
+        changed = next(iter(node.all_input_nodes), None)
+        earlier = {old for old in nodes[:position] if changed is not None and memory(old) == memory(changed)}
+        later = {parent for user in nodes[position + 1 :] for parent in user.all_input_nodes}
+        if changed not in dependent or source in earlier or earlier & later:
+            raise ValueError(f"{node.format_node()}: expected no change in place of a tensor that is used elsewhere")
+
+
+def _in_place(model: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    return bool(node.kwargs.get("inplace"))
 
 
 def _one_line(error: BaseException) -> str:

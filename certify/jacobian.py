@@ -32,11 +32,16 @@ def largest_jacobian_norm(
     """max over the points of the Jacobian's norm, induced by `norm` on both sides: at most the Lipschitz constant.
 
     It holds where the network is differentiable; on a kink autograd's choice of slope may differ, so it is an estimate.
+
+    Raises:
+        ValueError: a Jacobian with NaN or infinite entries.
     """
     check_norm(norm)
     largest = 0.0
     for start in range(0, len(points), batch_size):
         jacobian = jacobians(model, points[start : start + batch_size]).double()
+        if not bool(torch.isfinite(jacobian).all()):
+            raise ValueError("Jacobian: expected finite numbers; got NaN or infinity")
         if norm == "l2":
             values = torch.linalg.eigvalsh(jacobian @ jacobian.mT)[..., -1].clamp_min(0).sqrt()
         else:

@@ -13,12 +13,26 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .convolution import PADDING_MODES, Convolution, Transposed
+from .graph import plain_type
 from .linear import Channelwise, Dense, Diagonal, LinearMap, Reindex, identity
 from .rules import Call, probe_shape, register_rule
 
 # sup |f'| of smooth activations, rounded up in the last digit; tests re-derive them by maximisation.
 GELU = 1.128904145186
 GELU_TANH = 1.128993068659
+_POOL_DIMS = {
+    kind: dims
+    for dims, kinds in enumerate(
+        (
+            (nn.AvgPool1d, nn.AdaptiveAvgPool1d, nn.MaxPool1d),
+            (nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.MaxPool2d),
+            (nn.AvgPool3d, nn.AdaptiveAvgPool3d, nn.MaxPool3d),
+        ),
+        start=1,
+    )
+    for kind in kinds
+}
+_BATCH_NORM_DIMS = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
 SILU = 1.099839320129
 
 
@@ -48,6 +62,13 @@ def _check_spatial(call: Call, dims: int, channels: int) -> None:
         )
 
 
+def _check_pool(call: Call) -> None:
+    """Without this a batch of pictures that lack the channel axis would pass as one picture of many channels."""
+    dims = _POOL_DIMS[plain_type(_module(call))]
+    if len(call.in_shape) != dims + 1:
+        raise ValueError(f"{call.place}: expected inputs of channels and {dims} spatial axes, got {call.in_shape}")
+
+
 def _convolution(call: Call) -> LinearMap:
     layer = _module(call)
     dims = len(layer.kernel_size)
@@ -57,9 +78,19 @@ def _convolution(call: Call) -> LinearMap:
             f"{call.place}: expected a padding mode of {', '.join(PADDING_MODES)}, got {layer.padding_mode}"
         )
     padding = _paddings(layer.padding, layer.kernel_size, layer.dilation)
-    return Convolution(
+    reach = {"reflect": 1, "circular": 0}.get(layer.padding_mode, -math.inf)
+    if any(max(pad) + reach > size for pad, size in zip(padding, call.in_shape[1:], strict=True)):
+        raise ValueError(f"{call.place}: expected less {layer.padding_mode} padding than the input, got {call.in_shape}")
+    linear = Convolution(
         layer.weight, call.in_shape, layer.stride, padding, layer.dilation, layer.groups, layer.padding_mode
     )
+    _check_image(call, linear.out_shape)
+    return linear
+
+
+def _check_image(call: Call, shape: tuple[int, ...]) -> None:
+    if min(shape[1:]) < 1:
+        raise ValueError(f"{call.place}: expected inputs that the kernel fits into, got {call.in_shape}")
 
 
 def _paddings(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -87,6 +118,7 @@ def _transposed(call: Call) -> LinearMap:
         strict=True,
     )
     image = (layer.out_channels, *((n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, s, p, d, k, o in axes))
+    _check_image(call, image)
     return Transposed(
         layer.weight, call.in_shape, image, layer.stride, padding, layer.output_padding, layer.dilation, layer.groups
     )
@@ -96,6 +128,8 @@ def _batch_norm(call: Call) -> LinearMap:
     layer = _module(call)
     if layer.running_var is None:
         raise ValueError(f"{call.place}: expected running statistics; without them eval mode normalises by the batch")
+    if len(call.in_shape) - 1 not in _BATCH_NORM_DIMS[plain_type(layer)] or call.in_shape[0] != layer.num_features:
+        raise ValueError(f"{call.place}: expected inputs of {layer.num_features} channels, got {call.in_shape}")
     scale = (layer.running_var.double() + layer.eps).rsqrt()
     if layer.weight is not None:
         scale = scale * layer.weight
@@ -103,6 +137,7 @@ def _batch_norm(call: Call) -> LinearMap:
 
 
 def _average_pool(call: Call) -> LinearMap:
+    _check_pool(call)
     layer = _module(call)
     dims = len(call.in_shape) - 1
     kernel, padding = _pairs(layer.kernel_size, dims), _pairs(layer.padding, dims)
@@ -111,21 +146,25 @@ def _average_pool(call: Call) -> LinearMap:
     if not plain or layer.ceil_mode or getattr(layer, "divisor_override", None):
         return _channelwise(layer.forward, call)
     weight = torch.full((call.in_shape[0], 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64)
-    return Convolution(
+    linear = Convolution(
         weight, call.in_shape, stride, tuple((p, p) for p in padding), (1,) * dims, groups=call.in_shape[0]
     )
+    _check_image(call, linear.out_shape)
+    return linear
 
 
 def _channelwise(function: Callable[[Tensor], Tensor], call: Call) -> LinearMap:
     return Channelwise(function, call.in_shape, probe_shape(function, call.in_shape))
 
 
-def _forward_channelwise(call: Call) -> LinearMap:
+def _adaptive_pool(call: Call) -> LinearMap:
+    _check_pool(call)
     return _channelwise(_module(call).forward, call)
 
 
 def _max_pool(call: Call, norm: str) -> float:
     """linf 1; l1 the largest number m of windows over one pixel; l2 its root (each output is one input of its window)."""
+    _check_pool(call)
     layer = _module(call)
     dims = len(call.in_shape) - 1
     axes = zip(
@@ -172,7 +211,15 @@ def _zero_pad(call: Call) -> LinearMap:
 
 def _scale(invert: bool) -> Callable[[Call], LinearMap]:
     def build(call: Call) -> LinearMap:
-        factor = torch.as_tensor(call.args[0]).double()
+        values = [*call.args, *call.kwargs.values()]
+        if len(values) != 1 or call.kwargs.keys() - {"input", "other"}:
+            raise ValueError(f"{call.place}: expected a tensor and a factor without further arguments")
+        factor = torch.as_tensor(values[0]).double()
+        if factor.dim() == len(call.in_shape) + 1 and factor.shape[0] == 1:
+            factor = factor[0]  # an axis for the batch
+        inner = call.in_shape[len(call.in_shape) - factor.dim() :] if factor.dim() <= len(call.in_shape) else ()
+        if len(inner) != factor.dim() or any(f not in (1, n) for f, n in zip(factor.shape, inner, strict=True)):
+            raise ValueError(f"{call.place}: expected a factor for inputs {call.in_shape}, got {tuple(factor.shape)}")
         return Diagonal(factor.reciprocal() if invert else factor, call.in_shape)
 
     return build
@@ -231,7 +278,7 @@ register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d, linear=_convolution)
 register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, linear=_transposed)
 register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, linear=_batch_norm)
 register_rule(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, linear=_average_pool)
-register_rule(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, linear=_forward_channelwise)
+register_rule(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, linear=_adaptive_pool)
 register_rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, factor=_max_pool)
 for _kind, _function in ((nn.AvgPool1d, functional.avg_pool1d), (nn.AvgPool2d, functional.avg_pool2d)):
     register_rule(_function, linear=_average_pool_function(_kind))

@@ -123,7 +123,7 @@ class LinearMap(ABC):
             )
         if structured is None or matrix is None:
             return structured or matrix  # type: ignore[return-value]
-        upper = matrix.upper + CANCELLATION * structured.upper
+        upper = matrix.upper + CANCELLATION * magnitude(exact, norm)
         return dataclasses.replace(matrix, upper=upper) if upper < structured.upper else structured
 
     def rows(self) -> Tensor:
@@ -475,6 +475,17 @@ class Concat(LinearMap):
     def _structured(self, norm: str) -> NormBounds:
         uppers = [linear.bounds(norm).upper for linear in self.maps]
         return NormBounds(0.0, joined(uppers, norm) * (1 + SAFETY), "concat")
+
+
+def magnitude(linear: LinearMap, norm: str) -> float:
+    """The norm with nothing cancelled, from the norms of all single maps: rounding is relative to it."""
+    if isinstance(linear, Chain):
+        return math.prod(magnitude(part, norm) for part in linear.maps)
+    if isinstance(linear, Sum):
+        return sum(magnitude(part, norm) for part in linear.maps)
+    if isinstance(linear, Concat):
+        return joined([magnitude(part, norm) for part in linear.maps], norm)
+    return linear.bounds(norm).upper
 
 
 def joined(

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from . import layer_rules  # noqa: F401  (registers the rules of torch's own layers)
-from .graph import check_finite_state, check_model, floating_like, trace
+from .graph import check_finite_state, check_model, check_replay, floating_like, trace
 from .jacobian import largest_jacobian_norm
-from .linear import CANCELLATION, SAFETY, Chain, LinearMap, check_norm, converted
+from .linear import CANCELLATION, SAFETY, LinearMap, check_norm, converted, magnitude
 from .power import estimate_norm
 from .rules import leaf_types
 from .spectral import bracket
 from .walk import Place, Walk
 
 METHODS = ("product",)
+# Relative rounding of a Jacobian taken by the model's own arithmetic.
+_JACOBIAN_ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-3}
 # Norm of a functional's coefficient vector when its input is measured in the key's norm.
 _DUAL = {"l2": 2.0, "linf": 1.0, "l1": math.inf}
 
@@ -44,6 +46,7 @@ class LipschitzBound:
         pairwise: [K, K] float64; entry (i, j) bounds |f_i - f_j| per unit of the input norm; zero diagonal.
         layers: brackets of the affine runs.
         norm: the input norm.
+        input_shape: the shape of the inputs it holds for, without the batch.
         pair_methods: per pair "product" or "equivalence" (from l2 by norm equivalence), [K][K]; see `lipschitz`.
     """
 
@@ -52,6 +55,7 @@ class LipschitzBound:
     pairwise: Tensor
     layers: tuple[LayerBound, ...]
     norm: str = "l2"
+    input_shape: tuple[int, ...] = ()
     pair_methods: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
 
 
@@ -80,6 +84,7 @@ def lipschitz(
 
     Raises:
         ValueError: training mode, NaN weights, an operation without a rule, a shape that does not fit, output not [B, K].
+        ArithmeticError: a Jacobian above the bound, which would disprove it.
     """
     check_norm(norm)
     if method not in METHODS:
@@ -88,8 +93,10 @@ def lipschitz(
     bound = _product(model, tuple(input_shape), norm)
     if points is None:
         return bound
-    lower = min(largest_jacobian_norm(model, points, norm), bound.upper)
-    return LipschitzBound(bound.upper, lower, bound.pairwise, bound.layers, norm, bound.pair_methods)
+    lower = largest_jacobian_norm(model, points, norm)
+    if lower > bound.upper * (1 + _JACOBIAN_ROUNDING.get(floating_like(model).dtype, 0.1)):
+        raise ArithmeticError(f"the model's Jacobian norm {lower} exceeds its bound {bound.upper}: the bound is wrong")
+    return replace(bound, lower=min(lower, bound.upper))
 
 
 def _product(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> LipschitzBound:
@@ -103,13 +110,14 @@ def _product(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> Lipsc
         other = l2_pairwise * factor * (1 + SAFETY)
         methods = [["equivalence" if better else "product" for better in row] for row in (other < pairwise).tolist()]
         pairwise = torch.minimum(pairwise, other)
-    return LipschitzBound(upper, 0.0, pairwise, tuple(layers), norm, tuple(tuple(row) for row in methods))
+    names = tuple(tuple(row) for row in methods)
+    return LipschitzBound(upper, 0.0, pairwise, tuple(layers), norm, input_shape, names)
 
 
 def _product_in(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> tuple[float, Tensor, list[LayerBound]]:
     layers: list[LayerBound] = []
 
-    def norm_of(parts: tuple[str, ...], linear: LinearMap) -> float:
+    def norm_of(name: str, parts: tuple[str, ...], linear: LinearMap) -> float:
         bounds = bracket(linear, norm)
         if parts:
             layers.append(
@@ -126,6 +134,7 @@ def _product_in(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> tu
         norm=norm,
     )
     _check_logits(graph.shapes[graph.output])
+    check_replay(graph)
     upper = float(walk.constant(graph.output)) * (1 + SAFETY)
     pairwise = _pairwise(walk.output, float(walk.anchor_constant(walk.output.anchor)), graph.shapes[graph.output], norm)
     if not math.isfinite(upper):
@@ -144,17 +153,10 @@ def _pairwise(place: Place, constant: float, shape: tuple[int, ...], norm: str) 
     rows, slack = torch.eye(shape[0], dtype=torch.float64), 0.0
     if place.operator is not None:
         rows = place.operator.rows().detach().cpu()
-        slack = CANCELLATION * _magnitude(place.operator, rows, norm)
-    differences = torch.linalg.vector_norm(rows[:, None] - rows[None], ord=_DUAL[norm], dim=2)
+        slack = CANCELLATION * (magnitude(place.operator, norm) if place.operator.composite else float(rows.abs().sum()))
+    differences = torch.stack([torch.linalg.vector_norm(rows - row, ord=_DUAL[norm], dim=1) for row in rows])
     pairwise = constant * (differences * (1 + SAFETY) + slack) * (1 + SAFETY)
     return pairwise.fill_diagonal_(0.0)
-
-
-def _magnitude(linear: LinearMap, rows: Tensor, norm: str) -> float:
-    """Size of the numbers that were added up to the rows: rounding is relative to it, also where they cancel."""
-    if isinstance(linear, Chain):
-        return math.prod(part.bounds(norm).upper for part in linear.maps)
-    return float(rows.abs().sum())
 
 
 class TrainingBound:
@@ -162,18 +164,34 @@ class TrainingBound:
 
     Warm-started power iteration on each affine run, as `lipschitz` walks them; an estimate from below, which drives
     training and never a certificate. Works in training mode; batch normalisation enters with its running statistics.
+
+    Args:
+        model: any module whose operations have rules.
+        input_shape: shape of one input, without the batch.
+        steps: power steps a call.
+        through_norms: let gradients pass through the norms of the runs before the last. To be switched off where these
+            norms are fixed and all singular values equal, as under an orthogonal constraint: there the gradient of the
+            norm is that of an arbitrary one of them, and only disturbs training.
     """
 
-    def __init__(self, model: nn.Module, input_shape: Sequence[int], steps: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, input_shape: Sequence[int], steps: int = 1, *, through_norms: bool = True
+    ) -> None:
         check_finite_state(model)
-        self._graph = trace(model, tuple(input_shape), leaf_types())
+        self._retrace = lambda: trace(model, tuple(input_shape), leaf_types())
+        self._graph = self._retrace()
         _check_logits(self._graph.shapes[self._graph.output])
-        self._steps = steps
-        self._vectors: dict[tuple[str, ...], Tensor] = {}
+        live = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        constants = self._graph.constants.values()
+        self._derived = any(isinstance(value, Tensor) and id(value) not in live for value in constants)
+        self._steps, self._through_norms = steps, through_norms
+        self._vectors: dict[str, Tensor] = {}  # by the name of the run's last node
 
     def pairwise(self) -> Tensor:
         """The current estimate [K, K], in the model's dtype, with gradients to the weights; zero diagonal."""
         like = floating_like(self._graph.model)
+        if self._derived:  # constants computed from weights follow them, without a gradient
+            self._graph = self._retrace()
         walk = Walk(
             self._graph,
             norm_of=self._estimate,
@@ -189,19 +207,19 @@ class TrainingBound:
 
     def state(self) -> dict[str, Tensor]:
         """The warm starts, for a resume file."""
-        return {"\n".join(parts): vector for parts, vector in self._vectors.items()}
+        return dict(self._vectors)
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take up warm starts given by `state`."""
-        self._vectors = {tuple(key.split("\n")): vector for key, vector in state.items()}
+        self._vectors = dict(state)
 
-    def _estimate(self, parts: tuple[str, ...], linear: LinearMap) -> Tensor | float:
+    def _estimate(self, name: str, parts: tuple[str, ...], linear: LinearMap) -> Tensor | float:
         if linear.isometry:
             return 1.0
-        warm = self._vectors.get(parts)
+        warm = self._vectors.get(name)
         norm, vector = estimate_norm(linear, warm, self._steps if warm is not None else 10)
-        self._vectors[parts] = vector
-        return norm
+        self._vectors[name] = vector
+        return norm if self._through_norms else norm.detach()
 
     def _rows(self, place: Place) -> Tensor:
         if place.operator is not None:

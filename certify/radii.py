@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .graph import check_model
 from .lipschitz import LipschitzBound, lipschitz
 
 # Allowance for the rounding of the executed network's logits, relative to the largest of them. A later version bounds it
@@ -39,6 +41,9 @@ def certified_radii(
         bound = lipschitz(model, tuple(x.shape[1:]), method, norm)
     elif bound.norm != norm:
         raise ValueError(f"bound: expected one in {norm}, got one in {bound.norm}")
+    elif bound.input_shape not in ((), tuple(x.shape[1:])):
+        raise ValueError(f"bound: expected one for inputs {tuple(x.shape[1:])}, got one for {bound.input_shape}")
+    check_model(model)
     logits = _logits(model, x, batch_size)
     return radii_from_logits(logits, logits.argmax(1) if y is None else y, bound.pairwise)
 
@@ -49,7 +54,22 @@ def _logits(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
         raise ValueError("x: expected finite inputs; got NaN or infinity")
     if len(x) == 0:
         raise ValueError("x: expected at least one sample, got none")
-    return torch.cat([model(part) for part in x.split(batch_size)])
+    with _full_precision(x.device):
+        return torch.cat([model(part) for part in x.split(batch_size)])
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No TF32 and no autocast, whose rounding the allowance does not cover; the settings are restored."""
+    product, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(product)
+        torch.backends.cudnn.allow_tf32 = convolution
 
 
 def radii_from_logits(
@@ -64,7 +84,6 @@ def radii_from_logits(
     Raises:
         ValueError: NaN or infinite logits, shapes that do not fit, labels outside 0..K-1.
     """
-    classes = pairwise.shape[0]
     radii: Tensor = _pair_radii(logits, y, pairwise).amin(1).clamp_min(0.0)
     return radii
 
@@ -81,6 +100,7 @@ def limiting_classes(
 def _pair_radii(logits: Tensor, y: Tensor, pairwise: Tensor) -> Tensor:
     """Margin over pairwise bound, [B, K] float64; infinite in column y."""
     _check(logits, y, pairwise.shape[0])
+    y = y.to(logits.device, torch.int64)
     margins = lowered_margins(logits, y)
     constants = pairwise.to(logits.device)[y]
     radii = torch.where(constants > 0, margins / constants, torch.where(margins > 0, torch.inf, 0.0))
@@ -92,6 +112,8 @@ def _check(logits: Tensor, y: Tensor, classes: int) -> None:
         raise ValueError(f"logits, y: expected [B, {classes}] and [B], got {tuple(logits.shape)} and {tuple(y.shape)}")
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("logits: expected finite numbers; got NaN or infinity")
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f"y: expected integer labels, got {y.dtype}")
     if len(y) and (int(y.min()) < 0 or int(y.max()) >= classes):
         raise ValueError(f"y: expected labels 0..{classes - 1}, got {int(y.min())}..{int(y.max())}")
 
@@ -126,7 +148,13 @@ def certified_accuracy(
 def average_certified_radius(
     radii: Tensor,  # [B]
 ) -> float:
-    """Mean radius over all samples, misclassified ones counting 0 (Zhai et al., "MACER", ICLR 2020)."""
+    """Mean radius over all samples, misclassified ones counting 0 (Zhai et al., "MACER", ICLR 2020).
+
+    Raises:
+        ValueError: no samples.
+    """
+    if radii.numel() == 0:
+        raise ValueError("radii: expected at least one sample, got none")
     return float(radii.double().mean())
 
 

@@ -7,6 +7,7 @@ with its own forward needs its own rule, and an operation without a rule is an e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,8 @@ def register_rule(
             of the call and the norm ("l2", "linf", "l1").
 
     Raises:
-        ValueError: none or both of `linear` and `factor`, or an operation that has a rule already.
+        ValueError: none or both of `linear` and `factor`, a factor that is no number >= 0, or an operation that has a
+            rule already.
     """
     if (linear is None) == (factor is None):
         raise ValueError("register_rule: expected exactly one of linear= and factor=")
@@ -69,6 +71,8 @@ def register_rule(
     if known:
         raise ValueError(f"register_rule: {', '.join(map(str, known))} has a rule already")
     if isinstance(factor, (int, float)):
+        if not 0 <= factor < math.inf:
+            raise ValueError(f"register_rule: expected a finite factor >= 0, got {factor}")
         constant = float(factor)
         rule = Rule(factor=lambda call, norm: constant)
     else:
@@ -101,6 +105,9 @@ def linear_map_of(layer: nn.Module, input_shape: tuple[int, ...]) -> LinearMap:
 
 
 def probe_shape(function: Callable[[Tensor], Tensor], in_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a function gives, without the batch, found on zeros."""
-    with torch.no_grad():
-        return tuple(function(torch.zeros(1, *in_shape)).shape[1:])
+    """The shape that a function gives, without the batch, found on zeros; ValueError where the input does not fit."""
+    try:
+        with torch.no_grad():
+            return tuple(function(torch.zeros(1, *in_shape)).shape[1:])
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"input_shape: {in_shape} does not fit: {str(error).splitlines()[0]}") from error

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from .graph import check_unchanged, type_name
 from .linear import SAFETY, LinearMap, NormBounds, check_norm, converted, float64, like_of
 from .power import estimate_norm, improve, starting_vector
 from .rules import linear_map_of
+
+# Base classes of the affine layers that compute something else in training mode.
+_MODE_DEPENDENT = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 
 def norm_bounds(layer: nn.Module, input_shape: tuple[int, ...], norm: str = "l2") -> NormBounds:
@@ -22,9 +26,13 @@ def norm_bounds(layer: nn.Module, input_shape: tuple[int, ...], norm: str = "l2"
         norm: "l2", "linf" or "l1", used on both sides.
 
     Raises:
-        ValueError: no linear rule for the layer, NaN or infinite weights, or a shape that does not fit.
+        ValueError: no linear rule for the layer, NaN or infinite weights, a shape that does not fit, forward hooks, or
+            batch normalisation or dropout in training mode.
     """
     check_norm(norm)
+    check_unchanged(layer, type_name(layer))
+    if layer.training and isinstance(layer, _MODE_DEPENDENT):
+        raise ValueError(f"{type_name(layer)}: expected eval mode, got training mode; call layer.eval() first")
     return bracket(linear_map_of(layer, tuple(input_shape)), norm)
 
 

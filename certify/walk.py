@@ -38,7 +38,7 @@ class Walk:
 
     Args:
         graph: the traced model.
-        norm_of: gives the constant of an affine run (names of its layers, operator).
+        norm_of: gives the constant of an affine run (name of its last node, names of its layers, operator).
         factor_of: gives the constant of a non-affine operation (its rule, its call).
         prepare: turns an operator into the form to work on (float64 for bounds, as it is for estimates).
         norm: "l2", "linf" or "l1": decides how concatenations join.
@@ -48,7 +48,7 @@ class Walk:
         self,
         graph: Graph,
         *,
-        norm_of: Callable[[tuple[str, ...], LinearMap], Any],
+        norm_of: Callable[[str, tuple[str, ...], LinearMap], Any],
         factor_of: Callable[[Rule, Call], float],
         prepare: Callable[[LinearMap], LinearMap],
         norm: str = "l2",
@@ -77,7 +77,7 @@ class Walk:
         if place.operator is None:
             return self._constants[place.anchor]
         if node not in self._runs:
-            self._runs[node] = self._norm_of(place.parts, place.operator)
+            self._runs[node] = self._norm_of(node.name, place.parts, place.operator)
         return self._runs[node] * self._constants[place.anchor]
 
     def _visit(self, node: fx.Node) -> Place:
@@ -96,7 +96,10 @@ class Walk:
         if rule.linear is not None:
             return self._extend(self._places[inputs[0]], rule.linear(call), call.place, self._graph.shapes[node])
         assert rule.factor is not None
-        self._constants[node] = self._factor_of(rule, call) * self.constant(inputs[0])
+        factor = self._factor_of(rule, call)
+        if not factor >= 0:
+            raise ValueError(f"{call.place}: expected its rule to give a factor >= 0, got {factor}")
+        self._constants[node] = factor * self.constant(inputs[0])
         return Place(node, None)
 
     def _extend(self, place: Place, linear: LinearMap, name: str, shape: tuple[int, ...]) -> Place:
@@ -164,7 +167,8 @@ class Walk:
         return str(node.target) if node.op == "call_module" else node.name
 
     def _call(self, node: fx.Node, source: fx.Node, operation: Operation) -> Call:
-        if node.args[0] is not source and operation not in _COMMUTATIVE:
+        first = node.args[0] if node.args else node.kwargs.get("input")
+        if first is not source and operation not in _COMMUTATIVE:
             raise ValueError(
                 f"{self._name(node)}: expected the tensor as first argument of {self._title(node, operation)}"
             )

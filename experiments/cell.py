@@ -13,15 +13,17 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..certify import TrainingBound
 from .config import CellConfig
 from .data import Dataset, load_dataset
 from .evaluation import CertificateViolationError, evaluate
+from .fitting import seeded
 from .precision import exact_float32
 from .store import RunFolder, StoreError, load_checkpoint, save_checkpoint
 from .timing import step_ratio
 from .training import TrainResult, build, forget, train
 
-__all__ = ["Progress", "load_model", "run_cell", "train_cell"]
+__all__ = ["Progress", "check_cell", "load_model", "run_cell", "train_cell"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ def cell_data(config: CellConfig, data_root: str | Path | None) -> Dataset:
         train_samples=config.train_samples,
         test_samples=config.test_samples,
     )
+
+
+def check_cell(config: CellConfig, data: Dataset) -> None:
+    """Raise ValueError where the model can't be built for the data or has no certificate; nothing is written."""
+    with seeded(config.seed, torch.device("cpu")), torch.no_grad():
+        TrainingBound(build(config, data), data.input_shape).pairwise()
 
 
 def train_cell(
@@ -90,10 +98,13 @@ def run_cell(
     folder = RunFolder.of(output, config)
     data = cell_data(config, data_root)
     trained = train_cell(config, data, folder, device=device, report=report)
+    path = folder.path / "counterexample.safetensors"
+    path.unlink(missing_ok=True)
     try:
         found = evaluate(trained.model, config, data, report=lambda stage: report(Progress(folder.id, stage, 1.0)))
     except CertificateViolationError as error:
-        path = folder.path / "counterexample.safetensors"
+        if not error.example:
+            raise
         save_checkpoint(path, error.example)
         raise CertificateViolationError(f"{error}; saved in {path}", error.example) from error
     report(Progress(folder.id, "step time", 1.0))

@@ -34,11 +34,19 @@ ACTIVATIONS = (
 )
 MODELS = ("mlp", "convnet-4c3f", "convnet-6c2f", "lipconvnet", "liresnet")
 BASELINES = ("none", "weight-decay", "gradient-clip")
-CONSTRAINTS = ("cap", "clip", "orthogonal", "orthogonal-bjorck", "penalty", *BASELINES)
+CONSTRAINTS = ("cap", "clip", "orthogonal", "orthogonal-bjorck", "orthogonal-projected", "penalty", *BASELINES)
 LOSSES = ("cross-entropy", "margin", "offset-ce", "gloro", "emma")
-ATTACKS = ("fgsm", "pgd", "autoattack", "deepfool", "cw", "ddn", "fmn")
-L2_ATTACKS = ("deepfool", "cw", "ddn")
 NORMS = ("l2", "linf", "l1")
+ATTACK_NORMS = {  # as the attacks themselves have it, which torch-free code can't ask
+    "fgsm": ("l2", "linf"),
+    "pgd": ("l2", "linf"),
+    "autoattack": ("l2", "linf"),
+    "deepfool": NORMS,
+    "cw": ("l2",),
+    "ddn": ("l2",),
+    "fmn": NORMS,
+}
+ATTACKS = tuple(ATTACK_NORMS)
 BOUNDS = ("product",)
 
 _FORMAT = 1  # raise it when a field changes meaning: ids then change and no old run is taken for a new one
@@ -104,6 +112,7 @@ class CellConfig:
     seed: int = 0
     loss: str = "cross-entropy"
     loss_eps: float = 0.5  # margin radius
+    loss_offset: float = 0.0  # further margin, in logit units (margin loss: raw input units)
     temperature: float = 0.1
     optimizer: str = "adamw"
     lr: float = 3e-3
@@ -160,6 +169,12 @@ class CellConfig:
     def to_json(self) -> str:
         """Text that `from_json` turns into an equal config; an infinite threshold is the string "inf"."""
         return json.dumps(_plain(self), indent=2, allow_nan=False) + "\n"
+
+
+def usable_attacks(attacks: Sequence[str], norm: str) -> tuple[str, ...]:
+    """Those of the attacks that know the norm; where none does, all known ones that do."""
+    fit = tuple(name for name, norms in ATTACK_NORMS.items() if norm in norms)
+    return tuple(name for name in attacks if name in fit) or fit
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(CellConfig))
@@ -254,8 +269,7 @@ class RunSpec:
         """Complete canonical values of each cell, not yet checked."""
         shared: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(CellConfig)}
         dataset = self.settings.get("dataset", shared["dataset"])
-        if self.settings.get("norm", shared["norm"]) != "l2":
-            shared["attacks"] = tuple(name for name in shared["attacks"] if name not in L2_ATTACKS)
+        shared["attacks"] = usable_attacks(shared["attacks"], self.settings.get("norm", shared["norm"]))
         for constraint in self.constraints:
             baseline = _BASELINE_SETTINGS.get(constraint) if isinstance(constraint, str) else None
             defaults = {**shared, **DEFAULTS.get(str(dataset), {}), **(baseline or {})}
@@ -323,6 +337,7 @@ _RULES: dict[str, _Rule] = {
     "seed": _int(0),
     "loss": _choice(*LOSSES),
     "loss_eps": _NOT_NEGATIVE,
+    "loss_offset": _NOT_NEGATIVE,
     "temperature": _POSITIVE,
     "optimizer": _choice("sgd", "adam", "adamw"),
     "lr": _POSITIVE,
@@ -384,10 +399,9 @@ def _clashes(values: Mapping[str, Any]) -> Iterator[str]:
         yield f"{key} = {values[key]!r}: the constraint {constraint} needs a number > 0"
     if values["warmup_epochs"] >= values["epochs"]:
         yield f"warmup_epochs = {values['warmup_epochs']}: expected fewer than epochs = {values['epochs']}"
-    only_l2 = [name for name in values["attacks"] if name in L2_ATTACKS]
-    if norm != "l2" and only_l2:
-        others = ", ".join(name for name in ATTACKS if name not in L2_ATTACKS)
-        yield f"attacks = {', '.join(only_l2)}: only for norm l2, got norm {norm}; for any norm: {others}"
+    if unfit := [name for name in values["attacks"] if norm not in ATTACK_NORMS[name]]:
+        fit = ", ".join(name for name in ATTACKS if norm in ATTACK_NORMS[name])
+        yield f"attacks = {', '.join(unfit)}: not for norm {norm}, expected some of {fit}"
 
 
 def _unknown(given: Iterable[Any], allowed: Sequence[str]) -> list[str]:

@@ -82,7 +82,7 @@ class LiveRun:
             self._say(f"{title}: {_outcome(self._cells[finished.id], finished.summary)}")
 
     def _say(self, text: str) -> None:
-        self._console.print(text, highlight=False)
+        self._console.out(text, highlight=False)
 
     def _view(self) -> Group:
         return Group(self._table(), self._bars)

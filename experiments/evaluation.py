@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attacks import attack, is_minimum_norm
 from ..certify import NORMS, LipschitzBound, certified_accuracy, lipschitz, radii_from_logits
+from ..certify.graph import floating_like
 from ..certify.radii import limiting_classes
 from .config import CellConfig
 from .data import Dataset, Split
@@ -27,12 +28,17 @@ Report = Callable[[str], None]
 class CertificateViolationError(RuntimeError):
     """An adversarial example inside a certified radius: some bound is wrong, and no number of the run can be trusted.
 
-    `example` holds the sample, the adversarial point, the label and the three distances and radii.
+    `example` holds the sample and its index, the adversarial point, the label, the radius and the distance; it is empty
+    where a Jacobian disproved the bound but no attack found such a point.
     """
 
     def __init__(self, message: str, example: Mapping[str, Tensor]) -> None:
         super().__init__(message)
         self.example = dict(example)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes without the example, which lies in the run folder: tensors need their maker alive."""
+        return type(self), (str(self), {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,26 +80,31 @@ def evaluate(
         ValueError: a model that can't be certified, NaN logits.
     """
     start = time.perf_counter()
-    device = next(iter([*model.parameters(), *model.buffers()])).device
+    device = floating_like(model).device
     split = Split(data.test.x.to(device), data.test.y.to(device))
     report("bounds")
-    bounds = {
-        norm: lipschitz(
-            model,
-            data.input_shape,
-            config.bound,
-            norm,
-            points=split.x[:_JACOBIAN_POINTS] if norm == config.norm else None,
-        )
-        for norm in NORMS
-    }
+    bounds = {norm: lipschitz(model, data.input_shape, config.bound, norm) for norm in NORMS if norm != config.norm}
+    bounds[config.norm], doubt = _with_lower(model, config, split)
     report("radii")
     samples, radii = _certify(model, split, bounds)
     attacked = _attack_all(model, config, split, report)
     _check_witness(attacked, radii)
+    if doubt is not None:
+        raise CertificateViolationError(f"certificate broken: {doubt}", {}) from doubt
     results = _results(config, bounds[config.norm], samples, radii[config.norm], attacked)
     results["evaluate_s"] = time.perf_counter() - start
     return Evaluation(_with_attacks(samples, attacked), results, bounds)
+
+
+def _with_lower(
+    model: nn.Module, config: CellConfig, split: Split
+) -> tuple[LipschitzBound, ArithmeticError | None]:
+    """The bound with its lower estimate, or without and what disproves it: the attacks then look for an example."""
+    shape, points = tuple(split.x.shape[1:]), split.x[:_JACOBIAN_POINTS]
+    try:
+        return lipschitz(model, shape, config.bound, config.norm, points=points), None
+    except ArithmeticError as error:
+        return lipschitz(model, shape, config.bound, config.norm), error
 
 
 @torch.no_grad()
@@ -145,6 +156,7 @@ def _attack_all(model: nn.Module, config: CellConfig, split: Split, report: Repo
             if not is_minimum_norm(name):
                 report(f"{name} eps {eps:g}")
                 _run(model, config, state, name, eps, found)
+        for eps in config.eps:  # at the end: a search at one eps may find a point within a smaller one too
             state.columns[f"robust_{name}_eps_{eps:g}"] = found > eps
         state.columns[f"distance_{name}"] = found
     return state
@@ -226,7 +238,7 @@ def _results(
             results[f"accuracy_{name}_eps_{eps:g}"] = _share(attacked.columns[f"robust_{name}_eps_{eps:g}"])
         if config.attacks:
             results[f"worst_case_accuracy_eps_{eps:g}"] = _share(distance > eps)
-    return results | _tightness(radii, chosen, distance)
+    return results | _tightness(radii, chosen, distance if config.attacks else torch.full_like(distance, torch.inf))
 
 
 def _share(flags: Tensor) -> float:

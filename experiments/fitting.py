@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm, parametrize
 
 from ..certify import TrainingBound
-from ..models import spectral_penalty
+from ..models import retract, spectral_penalty
 from .augment import augment
 from .config import CellConfig
 from .data import Split
@@ -41,11 +41,16 @@ class Fitter:
 
     def __init__(self, model: nn.Module, config: CellConfig, split: Split) -> None:
         self._model, self._config, self._split = model, config, split
-        self._loss = build_loss(config.loss, eps=config.loss_eps, temperature=config.temperature)
+        self._loss = build_loss(
+            config.loss, eps=config.loss_eps, temperature=config.temperature, offset=config.loss_offset
+        )
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._steps = math.ceil(len(split) / config.batch_size)
         self.optimizer = build_optimizer(self._parameters, config)
-        self.bound = TrainingBound(model, tuple(split.x.shape[1:])) if self._loss.needs_bound else None
+        self.bound = None
+        if self._loss.needs_bound:
+            free = not config.constraint.startswith("orthogonal") or math.isinf(config.threshold)
+            self.bound = TrainingBound(model, tuple(split.x.shape[1:]), through_norms=free)
 
     def epoch(self, number: int) -> dict[str, float]:
         """Run one epoch, counted from 1; (seed, number) alone sets the order of the data and all other randomness.
@@ -100,6 +105,7 @@ class Fitter:
         if self._config.gradient_clip is not None:
             clip_grads_with_norm_(self._parameters, self._config.gradient_clip, norm)
         self.optimizer.step()
+        retract(self._model)
         return loss.detach(), (logits.detach().argmax(1) == y).sum(), norm.detach()
 
 

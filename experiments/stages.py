@@ -13,9 +13,10 @@ from rich.table import Table
 from torch import nn
 
 from ..certify import LipschitzBound, lipschitz
+from ..certify.graph import floating_like
 from ..models.imported import import_model
-from .cell import cell_data, load_model, train_cell
-from .config import CellConfig, ConfigError, RunSpec
+from .cell import cell_data, check_cell, load_model, train_cell
+from .config import FIELDS, CellConfig, ConfigError, RunSpec, usable_attacks
 from .data import Dataset, load_dataset
 from .evaluation import CertificateViolationError, Evaluation, evaluate
 from .precision import exact_float32
@@ -82,35 +83,39 @@ def train_one(spec: RunSpec, output: Path, *, device: str, data_root: Path | Non
     exact_float32()
     folder = RunFolder.of(output, cells[0])
     with lock_output(output):
+        if folder.is_finished:
+            console.out(f"finished before; checkpoint in {folder.path}", highlight=False)
+            return folder
+        data = cell_data(cells[0], data_root)
+        check_cell(cells[0], data)
         result = train_cell(
             cells[0],
-            cell_data(cells[0], data_root),
+            data,
             folder,
             device=device,
-            report=lambda progress: console.print(progress.stage, highlight=False),
+            report=lambda progress: console.out(progress.stage, highlight=False),
         )
         forget(folder.path, cells[0])
     state = "" if not result.diverged else f"; the training diverged ({result.status})"
-    console.print(f"best epoch {result.best_epoch}{state}; checkpoint in {folder.path}", highlight=False)
+    console.out(f"best epoch {result.best_epoch}{state}; checkpoint in {folder.path}", highlight=False)
     return folder
 
 
 def bound_one(opened: Opened, *, norm: str, method: str, console: Console) -> LipschitzBound:
     """Print the brackets of the affine runs, the whole network's, and the pairwise constants' range."""
-    device = next(iter([*opened.model.parameters(), *opened.model.buffers()])).device
-    points = opened.data.test.x[:256].to(device)
+    points = opened.data.test.x[:256].to(floating_like(opened.model).device)
     found = lipschitz(opened.model, opened.data.input_shape, method, norm, points=points)
     table = Table(title=f"{opened.name}: {norm} norms", title_justify="left")
-    table.add_column("layers")
+    table.add_column("layers", overflow="fold")
     for column in ("lower", "upper", "upper / lower"):
         table.add_column(column, justify="right")
-    table.add_column("method")
+    table.add_column("method", overflow="fold")
     for layer in found.layers:
         ratio = f"{layer.upper / layer.lower:.4f}" if layer.lower else "-"
         table.add_row(layer.name, f"{layer.lower:.6g}", f"{layer.upper:.6g}", ratio, layer.method)
     console.print(table)
     off_diagonal = found.pairwise[~torch.eye(len(found.pairwise), dtype=torch.bool)]
-    console.print(
+    console.out(
         f"Lipschitz constant ({norm}): at least {found.lower:.6g} (Jacobian on {len(points)} test samples), "
         f"at most {found.upper:.6g} ({method})\n"
         f"per pair of logits: at most {float(off_diagonal.min()):.6g} to {float(off_diagonal.max()):.6g}",
@@ -127,8 +132,10 @@ def attack_one(opened: Opened, settings: Mapping[str, Any], *, console: Console)
     """
     config = _with_settings(opened.config, settings)
     try:
-        found = evaluate(opened.model, config, opened.data, report=lambda stage: console.print(stage, style="dim"))
+        found = evaluate(opened.model, config, opened.data, report=lambda stage: console.out(stage, style="dim"))
     except CertificateViolationError as error:
+        if not error.example:
+            raise
         save_checkpoint("counterexample.safetensors", error.example)
         raise CertificateViolationError(f"{error}; saved in counterexample.safetensors", error.example) from error
     results = found.results
@@ -145,16 +152,19 @@ def attack_one(opened: Opened, settings: Mapping[str, Any], *, console: Console)
     console.print(table)
     distance, radius = results["mean_distance"], results["mean_certified_radius_attacked"]
     if distance is not None:
-        console.print(
-            f"mean certified radius {radius:.4g}, mean smallest distance found {distance:.4g}", highlight=False
-        )
+        console.out(f"mean certified radius {radius:.4g}, mean smallest distance found {distance:.4g}", highlight=False)
     return found
 
 
 def _with_settings(config: CellConfig, settings: Mapping[str, Any]) -> CellConfig:
-    """The model's config with other attack settings; a list of one seed stands for itself."""
+    """The model's config with other attack settings; a list of one seed stands for itself.
+
+    Without a setting for the attacks, the model's own that know the norm.
+    """
     seeds = settings.get("seed", [config.seed])
     if len(seeds) != 1:
         raise ConfigError(f"seed: expected one, got {len(seeds)}")
-    values = {field: getattr(config, field) for field in config.__dataclass_fields__}
-    return CellConfig(**{**values, **settings, "seed": seeds[0]})
+    values = {**{field: getattr(config, field) for field in FIELDS}, **settings, "seed": seeds[0]}
+    if not settings.get("attacks"):
+        values["attacks"] = usable_attacks(config.attacks, values["norm"])
+    return CellConfig(**values)

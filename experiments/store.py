@@ -15,7 +15,7 @@ import pickle
 import re
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +180,14 @@ class RunFolder:
         return _read_parquet(self.history_path, _HISTORY_COLUMNS)
 
 
-def find_runs(output: str | Path) -> pd.DataFrame:
+def find_runs(output: str | Path, ids: Collection[str] | None = None) -> pd.DataFrame:
     """Every run in an output folder: columns `folder`, `id`, `finished`, the config fields, and all results.
 
     Unfinished runs are rows without results. Sub-folders that neither are named as a run nor hold a config are no runs.
+
+    Args:
+        output: the output folder, or the folder of one run.
+        ids: the runs to read; all where None.
 
     Raises:
         StoreError: no such folder; names every damaged or foreign run folder.
@@ -192,8 +196,11 @@ def find_runs(output: str | Path) -> pd.DataFrame:
     if not output.is_dir():
         raise StoreError(f"{output}: expected a folder of runs")
     rows, problems = [], []
-    for path in sorted(child for child in output.iterdir() if child.is_dir()):
+    alone = (output / "config.json").exists()
+    for path in [output.resolve()] if alone else sorted(child for child in output.iterdir() if child.is_dir()):
         folder = RunFolder(path)
+        if ids is not None and folder.id not in ids:
+            continue
         if not _RUN_NAME.fullmatch(path.name) and not folder.config_path.exists():
             continue
         try:

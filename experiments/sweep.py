@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 
-from .cell import Progress, cell_data
+from .cell import Progress, cell_data, check_cell
 from .config import CellConfig, RunSpec, config_id
 from .executors import Finished, default_jobs, is_fatal, make_executor
 from .plots import write_figures
@@ -87,13 +87,13 @@ def run(
         missing = [cell for cell in cells if config_id(cell) not in done]
         watcher.start(cells, done)
         if missing:
-            cell_data(missing[0], data_root)  # missing data end the run here, in one line, and not once a cell
+            check_cell(missing[0], cell_data(missing[0], data_root))  # fails here in one line, and not once a cell
         failed: list[Finished] = []
         arguments = {"output": str(output), "data_root": data_root, "device": device}
         for event in chosen.events(missing, arguments) if missing else ():
             _watch(event, watcher, failed)
         if failed:
-            raise CellError("; ".join(f"cell {f.id} failed: {f.error}" for f in failed))
+            raise CellError(_reasons(failed))
         return write_results(output, list(folders))
 
 
@@ -108,6 +108,15 @@ def _watch(event: Progress | Finished, watcher: Watcher, failed: list[Finished])
         failed.append(event)
 
 
+def _reasons(failed: Sequence[Finished]) -> str:
+    """Every failed cell, those that failed for one reason together."""
+    cells: dict[str, list[str]] = {}
+    for one in failed:
+        lines = str(one.error).splitlines()
+        cells.setdefault(lines[0] if lines else type(one.error).__name__, []).append(one.id)
+    return "; ".join(f"cell {', '.join(ids)} failed: {reason}" for reason, ids in cells.items())
+
+
 def write_results(output: str | Path, ids: Sequence[str] | None = None) -> pd.DataFrame:
     """Write the table (CSV, Markdown, LaTeX) and the pictures of the finished runs in `output`; return the table.
 
@@ -115,10 +124,8 @@ def write_results(output: str | Path, ids: Sequence[str] | None = None) -> pd.Da
         output: the folder of runs; the files go there too.
         ids: the runs to show; all finished ones where None.
     """
-    frame = find_runs(output)
+    frame = find_runs(output, ids)
     frame = frame[frame["finished"].astype(bool)]
-    if ids is not None:
-        frame = frame[frame["id"].isin(ids)]
     table = robustness_table(frame)
     for suffix in ("csv", "md", "tex"):
         write_table(table, Path(output) / f"robustness.{suffix}")
@@ -127,9 +134,12 @@ def write_results(output: str | Path, ids: Sequence[str] | None = None) -> pd.Da
 
 
 def check_device(device: str) -> None:
-    """Raise ValueError where torch has no such device."""
+    """Raise ValueError where it is not a device to compute on that torch has."""
     try:
+        kind = torch.device(device).type
+        if kind not in ("cpu", "cuda"):
+            raise RuntimeError(f"{kind} is not supported")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].split(" device type at")[0]
         raise ValueError(f"device: expected cpu, cuda or cuda:N of this machine, got {device!r} ({reason})") from error

@@ -10,10 +10,12 @@ import torch
 
 from .config import CellConfig
 from .data import Dataset, Split
-from .fitting import Fitter
+from .fitting import Fitter, seeded
 from .training import build
 
 __all__ = ["step_ratio"]
+
+_SMALL = 1e-9
 
 
 def step_ratio(config: CellConfig, data: Dataset, *, device: str | torch.device = "cpu", rounds: int = 5) -> float:
@@ -21,9 +23,12 @@ def step_ratio(config: CellConfig, data: Dataset, *, device: str | torch.device 
 
     Both train on a few batches in turn, so that a busy machine slows both alike; their weights are thrown away.
     """
+    config = dataclasses.replace(config, lr=_SMALL)  # a rate at which training diverges would end the timing too
     plain = dataclasses.replace(config, constraint="none", threshold=math.inf, gradient_clip=None, weight_decay=0.0)
     batches = _few_batches(config, data, torch.device(device))
-    fitters = [Fitter(build(cell, data).to(device), cell, batches) for cell in (config, plain)]
+    with seeded(config.seed, torch.device(device)):
+        models = [build(cell, data, with_checkpoint=False).to(device) for cell in (config, plain)]
+    fitters = [Fitter(model, cell, batches) for model, cell in zip(models, (config, plain), strict=True)]
     times: list[list[float]] = [[], []]
     for number in range(1, rounds + 2):
         for fitter, seen in zip(fitters, times, strict=True):

@@ -3,7 +3,7 @@
 from . import rules as _rules  # registers the Lipschitz rules of this package's layers
 from .activations import ACTIVATIONS, Abs, GroupSort, Householder, MaxMin, build_activation
 from .architectures import build_model
-from .constraints import BASELINES, CONSTRAINTS, SpectralConstraint, constrain, spectral_penalty
+from .constraints import BASELINES, CONSTRAINTS, SpectralConstraint, constrain, retract, spectral_penalty
 from .layers import Normalize, Residual
 
 del _rules
@@ -22,5 +22,6 @@ __all__ = [
     "build_activation",
     "build_model",
     "constrain",
+    "retract",
     "spectral_penalty",
 ]

@@ -19,9 +19,9 @@ from torch.nn.utils import parametrize
 from ..certify import LinearMap, estimate_norm, linear_map_of
 from ..certify.convolution import Convolution, Transposed
 from ..certify.graph import eval_mode, plain_type
-from ..certify.linear import Dense
+from ..certify.linear import SAFETY, Dense
 from ..certify.power import starting_vector
-from .projections import almost_orthogonal, bjorck, cayley, clip_convolution, clip_singular_values
+from .projections import almost_orthogonal, bjorck, cayley, clip_convolution, clip_singular_values, newton_schulz
 
 Operator = Dense | Convolution | Transposed
 _LAYERS: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
@@ -32,7 +32,7 @@ class SpectralConstraint(nn.Module, ABC):
     """Holds the spectral norm of a layer's operator to `threshold`.
 
     Must write: `project`, the differentiable map from the free weight used in training. What it returns may exceed the
-    threshold slightly in training; in eval mode it is scaled until its proved bound is at most the threshold, and kept
+    threshold slightly in training; in eval mode it is scaled so that its proved norm is at most the threshold, and kept
     until the free weight changes.
     """
 
@@ -78,16 +78,18 @@ class SpectralConstraint(nn.Module, ABC):
         return self._fixed
 
     def _held(self, weight: Tensor) -> Tensor:
-        """`weight` scaled, where needed, until its proved bound is at most the threshold, in its own dtype."""
-        held, slack = weight, torch.finfo(weight.dtype).eps
-        while (bound := self.operator(held).bounds().upper) > self.threshold:
-            held = weight * (self.threshold / self.operator(weight).bounds().upper * (1 - slack))
-            slack *= 4
-            if slack > 0.5:
-                raise ValueError(
-                    f"weight: expected one that can be scaled to norm {self.threshold:g}, got norm {bound:g}"
-                )
-        return held
+        """`weight`, scaled down where its bound exceeds the threshold so that its norm, after rounding, does not.
+
+        Scaling rounds each entry by at most eps relative: an operator E with |E| <= eps |W|, and
+        ||E||_2 <= sqrt(||E||_1 ||E||_inf) <= eps sqrt(||W||_1 ||W||_inf).
+        """
+        operator = self.operator(weight)
+        upper = operator.bounds().upper
+        if upper <= self.threshold:
+            return weight
+        rounding = math.sqrt(operator.bounds("l1").upper * operator.bounds("linf").upper)
+        rounding *= 1.01 * torch.finfo(weight.dtype).eps
+        return weight * (self.threshold / (upper + rounding) * (1 - SAFETY))
 
     def norm_estimate(self, weight: Tensor) -> Tensor:
         """Lower estimate of the operator's norm by a warm-started power step, differentiable in the weight."""
@@ -145,6 +147,32 @@ class OrthogonalBjorck(Orthogonal):
         return bjorck(weight)
 
 
+class OrthogonalProjected(OrthogonalBjorck):
+    """As `OrthogonalBjorck`, by projected descent: the free weight itself is kept orthonormal by `retract` in training.
+
+    A step costs one Newton-Schulz iteration instead of a transform and its gradient. Convolutions are AOL, as above.
+    """
+
+    def __init__(self, layer: nn.Module, input_shape: tuple[int, ...], threshold: float) -> None:
+        super().__init__(layer, input_shape, threshold)
+        if isinstance(self._template, Dense):
+            weight = cast(Tensor, layer.weight)
+            with torch.no_grad():
+                weight.copy_(bjorck(weight))
+
+    def _orthonormal(self, weight: Tensor) -> Tensor:
+        return weight if self.training else bjorck(weight)
+
+    @torch.no_grad()
+    def retract(self, weight: Tensor) -> None:
+        """Move a dense free weight back towards orthonormal rows or columns, in place."""
+        if not isinstance(self._template, Dense):
+            return
+        norm = self.norm_estimate(weight)
+        weight.div_(norm.clamp_min(1.0))  # the iteration needs singular values below sqrt(3)
+        weight.copy_(newton_schulz(weight))
+
+
 class Penalty(SpectralConstraint):
     """No hard constraint: the weight is left alone; `spectral_penalty` adds max(0, ||W|| - c)^2 to the loss."""
 
@@ -165,6 +193,7 @@ _CONSTRAINTS: dict[str, type[SpectralConstraint]] = {
     "clip": Clip,
     "orthogonal": Orthogonal,
     "orthogonal-bjorck": OrthogonalBjorck,
+    "orthogonal-projected": OrthogonalProjected,
     "penalty": Penalty,
 }
 BASELINES = ("none", "weight-decay", "gradient-clip")
@@ -183,8 +212,9 @@ def constrain(
     Args:
         module: an nn.Linear, nn.Conv1d/2d, nn.ConvTranspose1d/2d, or a model that contains such layers.
         threshold: c > 0; infinity leaves the module as it is, whatever the constraint.
-        constraint: "cap", "clip", "orthogonal", "orthogonal-bjorck", "penalty", or a baseline that constrains no weight
-            ("none", "weight-decay", "gradient-clip": the optimiser's or the training loop's business).
+        constraint: "cap", "clip", "orthogonal", "orthogonal-bjorck", "orthogonal-projected" (call `retract` after each
+            optimiser step), "penalty", or a baseline that constrains no weight ("none", "weight-decay",
+            "gradient-clip": the optimiser's or the training loop's business).
         input_shape: shape of one input of `module`, without the batch; needed where there are convolutions, since a
             convolution's norm is that of the operator on its real input size.
 
@@ -264,6 +294,13 @@ def _constraints(module: nn.Module) -> Iterator[tuple[SpectralConstraint, Tensor
             rule = listed[0]  # type: ignore[index]
             if isinstance(rule, SpectralConstraint):
                 yield rule, cast(Tensor, listed.original)  # type: ignore[union-attr]
+
+
+def retract(module: nn.Module) -> None:
+    """After an optimiser step: bring the weights under `orthogonal-projected` back to orthonormal; others are left."""
+    for rule, weight in _constraints(module):
+        if isinstance(rule, OrthogonalProjected):
+            rule.retract(weight)
 
 
 def spectral_penalty(module: nn.Module) -> Tensor:

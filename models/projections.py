@@ -79,7 +79,8 @@ def clip_convolution(
     blocks = symbol.movedim((1, 2), (-2, -1))
     clipped = clip_singular_values(blocks, ceiling).movedim((-2, -1), (1, 2))
     full: Tensor = torch.fft.ifftn(clipped, dim=axes).real
-    return full[(..., *(slice(size) for size in kernel))].reshape(weight.shape)
+    support: tuple[slice, ...] = tuple(slice(size) for size in kernel)
+    return full[(..., *support)].reshape(weight.shape)
 
 
 def cayley(
@@ -111,13 +112,20 @@ def bjorck(
     Bjorck, Bowie, "An iterative algorithm for computing the best estimate of an orthogonal matrix", 1971. Every iterate
     keeps the norm at most 1; the singular values approach 1 from below.
     """
-    if weight.shape[0] < weight.shape[1]:
-        return bjorck(weight.T, iterations).T
     product = weight.abs().sum(0).max() * weight.abs().sum(1).max()  # ||W||_2^2 <= ||W||_1 ||W||_inf
     result = weight / product.clamp_min(torch.finfo(weight.dtype).tiny).sqrt()
     for _ in range(iterations):
-        result = 1.5 * result - 0.5 * result @ (result.T @ result)
+        result = newton_schulz(result)
     return result
+
+
+def newton_schulz(
+    weight: Tensor,  # [m, n]
+) -> Tensor:  # [m, n]
+    """One step (3 W - W W^T W) / 2: singular values s in (0, sqrt(3)) become s (3 - s^2) / 2, nearer to 1."""
+    if weight.shape[0] < weight.shape[1]:
+        return 1.5 * weight - 0.5 * (weight @ weight.T) @ weight
+    return 1.5 * weight - 0.5 * weight @ (weight.T @ weight)
 
 
 def almost_orthogonal(

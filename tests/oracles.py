@@ -121,3 +121,35 @@ def _steepest(gradient, norm):
 def _onto_sphere(offset, size, norm):
     length = p_norm(offset, norm).clamp_min(1e-30)
     return offset * (size / length).reshape(-1, *[1] * (offset.dim() - 1))
+
+
+class Wired(torch.nn.Module):
+    """A model whose forward is a given function of itself and its input; modules are given by name."""
+
+    def __init__(self, function, buffers=None, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            self.add_module(name, module)
+        for name, value in (buffers or {}).items():
+            self.register_buffer(name, value)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def assert_sound(model, input_shape, *, points=6, seed=5, slack=1e-6):
+    """Every norm's bound of a float64 model holds at random points, at close pairs and at ascended pairs."""
+    from speccert.certify import lipschitz
+
+    x = random(points, *input_shape, seed=seed)
+    bounds = {}
+    for norm in ("l2", "linf", "l1"):
+        bound = bounds[norm] = lipschitz(model, input_shape, norm=norm)
+        for other in (random(points, *input_shape, seed=seed + 1), separated_points(model, x, norm, steps=8)):
+            with torch.no_grad():
+                worst = stretch(model, x, other, norm).amax(0)
+            assert bool((worst <= bound.pairwise * (1 + slack) + 1e-9).all()), f"{norm}: {worst} above {bound.pairwise}"
+        for point in x:
+            assert matrix_norm(jacobian(model, point), norm) <= bound.upper * (1 + slack) + 1e-9
+    return bounds

@@ -6,9 +6,11 @@ import math
 import pytest
 from speccert.experiments.config import (
     ACTIVATIONS,
+    ATTACK_NORMS,
     DEFAULTS,
     FIELDS,
     MODELS,
+    NORMS,
     CellConfig,
     ConfigError,
     RunSpec,
@@ -58,13 +60,13 @@ def test_every_field_changes_the_id(field):
         "gradient_clip": 2.0,
         "norm": "l1",
         "eps": (0.2,),
-        "attacks": ("fgsm",),
+        "attacks": ("deepfool",),
         "warmup_epochs": 1,
         "train_samples": 5,
         "test_samples": 5,
         "attack_samples": 5,
     }.get(field)
-    base = CellConfig(attacks=("pgd",))
+    base = CellConfig(attacks=("fmn",))
     value = other if other is not None else getattr(base, field) + (0.0625 if field != "seed" else 1)
     if field in ("epochs", "batch_size"):
         value = 3
@@ -120,12 +122,13 @@ def test_bad_json_is_refused(text, match):
         ({"dataset": "imagenet"}, "dataset = 'imagenet': expected one of digits"),
         ({"model": "a:b c"}, "model = 'a:b c'"),
         ({"checkpoint": ""}, "checkpoint = ''"),
-        ({"warmup_epochs": 40}, "warmup_epochs = 40: expected fewer than epochs = 40"),
+        ({"warmup_epochs": 40, "epochs": 40}, "warmup_epochs = 40: expected fewer than epochs = 40"),
         ({"constraint": "none"}, "threshold = 1.0: the baseline none has no threshold, expected inf"),
         ({"constraint": "weight-decay", "threshold": INF}, "weight_decay = 0.0: the constraint weight-decay needs"),
         ({"constraint": "gradient-clip", "threshold": INF}, "gradient_clip = None: the constraint gradient-clip needs"),
         ({"constraint": "penalty", "penalty_weight": 0}, "penalty_weight = 0.0: the constraint penalty needs"),
-        ({"norm": "linf"}, "attacks = ddn: only for norm l2, got norm linf"),
+        ({"norm": "linf"}, "attacks = ddn: not for norm linf, expected some of fgsm, pgd, autoattack, deepfool, fmn"),
+        ({"norm": "l1"}, "attacks = fgsm, pgd, ddn: not for norm l1, expected some of deepfool, fmn"),
     ],
 )
 def test_bad_values_are_refused_when_built(values, match):
@@ -158,13 +161,24 @@ def test_a_set_value_wins_over_the_baseline_and_the_data_set():
 
 @pytest.mark.parametrize("dataset", DEFAULTS)
 def test_defaults_of_each_data_set_are_good(dataset):
-    (cell,) = RunSpec.from_mapping({"dataset": dataset}).cells()
-    assert cell.dataset == dataset
+    cells = RunSpec.from_mapping({"dataset": dataset}).cells()
+    assert {cell.dataset for cell in cells} == {dataset}
+    assert len({cell.threshold for cell in cells}) == len(cells) > 1
 
 
-def test_default_attacks_follow_the_norm():
-    (cell,) = RunSpec.from_mapping({"norm": "linf"}).cells()
-    assert cell.attacks == ("fgsm", "pgd", "autoattack")
+@pytest.mark.parametrize(
+    ("norm", "attacks"), [("l2", CellConfig().attacks), ("linf", ("fgsm", "pgd")), ("l1", ("deepfool", "fmn"))]
+)
+def test_default_attacks_follow_the_norm(norm, attacks):
+    (cell,) = RunSpec.from_mapping({"norm": norm, "thresholds": [1]}).cells()
+    assert cell.attacks == attacks
+
+
+def test_norms_of_the_attacks_are_those_that_the_attacks_have():
+    from speccert.attacks import available_attacks
+
+    for norm in NORMS:
+        assert {name for name, norms in ATTACK_NORMS.items() if norm in norms} == set(available_attacks(norm))
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from speccert.models import CONSTRAINTS, constrain, spectral_penalty
+from speccert.models import CONSTRAINTS, constrain, retract, spectral_penalty
 from speccert.models.constraints import SpectralConstraint
 
-HARD = ["cap", "clip", "orthogonal", "orthogonal-bjorck"]
+HARD = ["cap", "clip", "orthogonal", "orthogonal-bjorck", "orthogonal-projected"]
 LAYERS = [
     ("linear", lambda: nn.Linear(12, 20), (12,)),
     ("wide linear", lambda: nn.Linear(30, 6), (30,)),
@@ -193,6 +193,31 @@ def test_a_layer_used_at_two_sizes_is_held_at_the_larger():
     model = constrain(Twice(), 1.0, "cap", input_shape=(2, 9, 9))
     rule = model.conv.parametrizations.weight[0]
     assert rule.operator(model.conv.weight).in_shape == (2, 9, 9)
+
+
+def test_projected_weights_stay_orthonormal_over_steps():
+    model = constrain(nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 16)), 2.0, "orthogonal-projected")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    x = torch.randn(64, 20)
+    for _ in range(50):
+        optimizer.zero_grad()
+        (model.train()(x) - 3 * torch.randn(64, 16)).square().mean().backward()
+        optimizer.step()
+        retract(model)
+    for layer in (model[0], model[2]):
+        values = torch.linalg.svdvals(layer.weight.detach().double())
+        assert float((values - 2).abs().max()) < 0.02
+        assert float((torch.linalg.svdvals(layer.eval().weight.double()) - 2).abs().max()) < 1e-4
+
+
+def test_retraction_recovers_from_a_step_that_is_far_too_large():
+    layer = constrain(nn.Linear(8, 8), 1.0, "orthogonal-projected").train()
+    free = layer.parametrizations.weight.original
+    with torch.no_grad():
+        free.mul_(100)
+    for _ in range(20):
+        retract(layer)
+    assert float((torch.linalg.svdvals(free.detach()) - 1).abs().max()) < 1e-3
 
 
 def test_penalty_is_the_squared_excess_of_the_norm():
