@@ -150,7 +150,7 @@ def run(
             watcher=watcher,
         )
     print_table(table, console)
-    console.print(f"tables: {output}/robustness.csv .md .tex   pictures: {output}/figures", highlight=False)
+    console.out(f"tables: {output}/robustness.csv .md .tex   pictures: {output}/figures", highlight=False)
 
 
 @main.command()

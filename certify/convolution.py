@@ -1,9 +1,9 @@
 """Convolutions as linear maps: any stride, padding, dilation, groups and padding mode, transposed or not.
 
-The l2 bound is that of a circular convolution on a torus, of which the layer is a compression (Sedghi, Gupta, Long, "The
-singular values of convolutional layers", ICLR 2019, for the circular case; Ebrahimpour-Boroojeny et al. and DESIGN rule
-3 for strides). The torus may be twisted: with x[t + N] = -x[t] instead of x[t + N] = x[t] the argument holds unchanged,
-since zero padding never reads across the seam, and the half-shifted frequencies often give a smaller bound.
+The l2 bound is that of a circular convolution on a torus, of which the layer is a compression (Sedghi, Gupta, Long,
+"The singular values of convolutional layers", ICLR 2019, for the circular case); a stride joins the frequencies that it
+aliases. The torus may be twisted: with x[t + N] = -x[t] instead of x[t + N] = x[t] the argument holds unchanged, since
+zero padding never reads across the seam, and the half-shifted frequencies often give a smaller bound.
 """
 
 from __future__ import annotations
@@ -107,10 +107,7 @@ class Convolution(LinearMap):
         return centre if all(c < k for c, k in zip(centre, self.weight.shape[2:], strict=True)) else None
 
     def _structured(self, norm: str) -> NormBounds:
-        if norm == "l2":
-            upper = torus_bound(self)
-        else:
-            upper = self._absolute_sums(norm)
+        upper = torus_bound(self) if norm == "l2" else self._absolute_sums(norm)
         return NormBounds(0.0, upper * (1 + SAFETY), "torus" if norm == "l2" else "absolute sums")
 
     def _absolute_sums(self, norm: str) -> float:
@@ -126,8 +123,8 @@ class Convolution(LinearMap):
 class Transposed(LinearMap):
     """The adjoint of a zero-padded convolution, with at most its outputs: nn.ConvTranspose1d/2d/3d without bias.
 
-    `forward` is the convolution from `image_shape`; `in_shape` may be smaller than its output (output_padding >= stride),
-    which makes this map a restriction of the adjoint: its norm is at most that of `forward`.
+    `forward` is the convolution from `image_shape`; `in_shape` may be smaller than its output (output_padding >=
+    stride), which makes this map a restriction of the adjoint: its norm is at most that of `forward`.
     """
 
     weight: Tensor  # [c_in, c_out / groups, *kernel]
@@ -173,9 +170,9 @@ def channel_scale(linear: LinearMap) -> Tensor | None:
 def torus_bound(convolution: Convolution) -> float:
     """Upper bound of the l2 norm from frequency blocks on a torus; the smallest over the allowed twists.
 
-    With side N (a multiple of the stride s) the operator is block-diagonal: the s aliased frequencies of an axis join in
-    blocks c_out x (c_in * s), scaled by s^(-1/2). Grouped: the maximum over groups. Reflect and replicate padding: the
-    unpadded convolution times the norm of the padding map, the root of the most often repeated pixel's count.
+    With side N (a multiple of the stride s) the operator is block-diagonal: the s aliased frequencies of an axis join
+    in blocks c_out x (c_in * s), scaled by s^(-1/2). Grouped: the maximum over groups. Reflect and replicate padding:
+    the unpadded convolution times the norm of the padding map, the root of the most often repeated pixel's count.
     """
     dims = len(convolution.stride)
     factor = math.sqrt(math.prod(_repeats(convolution, axis) for axis in range(dims)))

@@ -127,8 +127,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], leaves: frozenset[type
     """Trace `model` (one tensor in, one tensor out) and record what each node gives on an input of `input_shape`.
 
     Raises:
-        ValueError: control flow that depends on data, several inputs or outputs, a shape that does not fit the model, an
-            operation that mixes the samples of a batch, or a tensor changed in place that is used again.
+        ValueError: control flow that depends on data, several inputs or outputs, a shape that does not fit the model,
+            an operation that mixes the samples of a batch, or a tensor changed in place that is used again.
     """
     attributes = set(vars(model))
     try:
@@ -185,7 +185,8 @@ def _record(model: nn.Module, graph: fx.Graph, sample: Tensor) -> dict[fx.Node, 
 def check_replay(graph: Graph) -> None:
     """Raise ValueError where the model itself, on fewer samples, gives other outputs than its graph did.
 
-    A trace forgets that two names are one tensor (`b = a; a += x` also changes b) and takes the batch size for a constant.
+    A trace forgets that two names are one tensor (`b = a; a += x` also changes b), and takes the batch size for a
+    constant.
     """
     with _errors_of_shape(graph.sample):
         found = graph.model(graph.sample[:2].clone())

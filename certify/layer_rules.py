@@ -20,7 +20,10 @@ from .rules import Call, probe_shape, register_rule
 # sup |f'| of smooth activations, rounded up in the last digit; tests re-derive them by maximisation.
 GELU = 1.128904145186
 GELU_TANH = 1.128993068659
-_POOL_DIMS = {
+SILU = 1.099839320129
+
+# Spatial axes that a layer takes.
+_POOL_DIMS: dict[type[nn.Module], int] = {
     kind: dims
     for dims, kinds in enumerate(
         (
@@ -32,8 +35,11 @@ _POOL_DIMS = {
     )
     for kind in kinds
 }
-_BATCH_NORM_DIMS = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
-SILU = 1.099839320129
+_BATCH_NORM_DIMS: dict[type[nn.Module], tuple[int, ...]] = {
+    nn.BatchNorm1d: (0, 1),
+    nn.BatchNorm2d: (2,),
+    nn.BatchNorm3d: (3,),
+}
 
 
 def _module(call: Call) -> Any:
@@ -80,7 +86,9 @@ def _convolution(call: Call) -> LinearMap:
     padding = _paddings(layer.padding, layer.kernel_size, layer.dilation)
     reach = {"reflect": 1, "circular": 0}.get(layer.padding_mode, -math.inf)
     if any(max(pad) + reach > size for pad, size in zip(padding, call.in_shape[1:], strict=True)):
-        raise ValueError(f"{call.place}: expected less {layer.padding_mode} padding than the input, got {call.in_shape}")
+        raise ValueError(
+            f"{call.place}: expected less {layer.padding_mode} padding than the input, got {call.in_shape}"
+        )
     linear = Convolution(
         layer.weight, call.in_shape, layer.stride, padding, layer.dilation, layer.groups, layer.padding_mode
     )
@@ -163,7 +171,7 @@ def _adaptive_pool(call: Call) -> LinearMap:
 
 
 def _max_pool(call: Call, norm: str) -> float:
-    """linf 1; l1 the largest number m of windows over one pixel; l2 its root (each output is one input of its window)."""
+    """linf 1; l1 the largest number m of windows over one pixel; l2 its root (an output is one input of its window)."""
     _check_pool(call)
     layer = _module(call)
     dims = len(call.in_shape) - 1
@@ -214,7 +222,7 @@ def _scale(invert: bool) -> Callable[[Call], LinearMap]:
         values = [*call.args, *call.kwargs.values()]
         if len(values) != 1 or call.kwargs.keys() - {"input", "other"}:
             raise ValueError(f"{call.place}: expected a tensor and a factor without further arguments")
-        factor = torch.as_tensor(values[0]).double()
+        factor = torch.as_tensor(values[0], dtype=torch.float64)
         if factor.dim() == len(call.in_shape) + 1 and factor.shape[0] == 1:
             factor = factor[0]  # an axis for the batch
         inner = call.in_shape[len(call.in_shape) - factor.dim() :] if factor.dim() <= len(call.in_shape) else ()
@@ -280,10 +288,10 @@ register_rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, linear=_batch_norm
 register_rule(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, linear=_average_pool)
 register_rule(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, linear=_adaptive_pool)
 register_rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, factor=_max_pool)
-for _kind, _function in ((nn.AvgPool1d, functional.avg_pool1d), (nn.AvgPool2d, functional.avg_pool2d)):
-    register_rule(_function, linear=_average_pool_function(_kind))
-for _kind, _function in ((nn.MaxPool1d, functional.max_pool1d), (nn.MaxPool2d, functional.max_pool2d)):
-    register_rule(_function, factor=_max_pool_function(_kind))
+register_rule(functional.avg_pool1d, linear=_average_pool_function(nn.AvgPool1d))
+register_rule(functional.avg_pool2d, linear=_average_pool_function(nn.AvgPool2d))
+register_rule(functional.max_pool1d, factor=_max_pool_function(nn.MaxPool1d))
+register_rule(functional.max_pool2d, factor=_max_pool_function(nn.MaxPool2d))
 register_rule(nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, linear=_forward_reindex)
 register_rule(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, linear=_zero_pad)
 register_rule(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, linear=_identity)

@@ -118,8 +118,8 @@ class LinearMap(ABC):
         structured = exact._structured(norm)
         if structured is None and matrix is None:
             raise ValueError(
-                f"operator {type(self).__name__} of shape {self.in_shape} -> {self.out_shape}: too large to be made a matrix "
-                "and no structured bound is known"
+                f"operator {type(self).__name__} of shape {self.in_shape} -> {self.out_shape}: too large to be made a "
+                "matrix and no structured bound is known"
             )
         if structured is None or matrix is None:
             return structured or matrix  # type: ignore[return-value]
@@ -208,11 +208,12 @@ def largest_norm(
     floor: float = 0.0,
     give_up: float = math.inf,
 ) -> float:
-    """max(floor, the largest spectral norm of the blocks), each the root of the top eigenvalue of the smaller Gram matrix.
+    """max(floor, the largest spectral norm of the blocks): the root of the top eigenvalue of the smaller Gram matrix.
 
     A batch is screened: the blocks of largest Frobenius norm are solved first; a Cholesky factorisation of
     s^2 I - G, which exists only for norm < s, then rules out every block but those above the best so far, at a fraction
-    of the cost of their eigenvalues. Right to 1e-10 relative. A search that finds `give_up` or more may return that instead.
+    of the cost of their eigenvalues. Right to 1e-10 relative. A search that finds `give_up` or more may return that
+    instead.
     """
     scale = float(_real(blocks).abs().max()) if blocks.numel() else 0.0
     if scale == 0.0:
@@ -432,7 +433,7 @@ class Sum(LinearMap):
     @property
     def out_shape(self) -> tuple[int, ...]:
         """Shape that the sum has, after broadcasting."""
-        return tuple(torch.broadcast_shapes(*(linear.out_shape for linear in self.maps)))
+        return tuple(torch.broadcast_shapes(*(linear.out_shape for linear in self.maps)))  # type: ignore[no-untyped-call]
 
     def apply(self, x: Tensor) -> Tensor:
         """See `LinearMap.apply`."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from . import layer_rules  # noqa: F401  (registers the rules of torch's own layers)
-from .graph import check_finite_state, check_model, check_replay, floating_like, trace
+from .graph import Graph, check_finite_state, check_model, check_replay, floating_like, trace
 from .jacobian import largest_jacobian_norm
 from .linear import CANCELLATION, SAFETY, LinearMap, check_norm, converted, magnitude
 from .power import estimate_norm
@@ -69,7 +69,7 @@ def lipschitz(
 ) -> LipschitzBound:
     """Bound the Lipschitz constants of a network's logits, and of their pairwise differences.
 
-    With f = A g + b, A the last affine run and g everything before, |f_i - f_j| <= Lip(g) * ||A_i - A_j||_* * ||x - x'||,
+    With f = A g + b, A the last affine run and g everything before, |f_i - f_j| <= Lip(g) ||A_i - A_j||_* ||x - x'||,
     the dual norm of the row difference (rule 7); Lip(g) is the product of the norms of the affine runs and of the
     factors of the other operations, sums for residual branches, roots of squares for concatenations. For linf and l1
     each pair takes the smaller of that product in its own norm and of norm equivalence, ||d||_2 <= sqrt(n) ||d||_inf
@@ -83,7 +83,8 @@ def lipschitz(
         points: [B, *input_shape] at which to look for the largest Jacobian norm; None leaves `lower` at 0.
 
     Raises:
-        ValueError: training mode, NaN weights, an operation without a rule, a shape that does not fit, output not [B, K].
+        ValueError: training mode, NaN weights, an operation without a rule, a shape that does not fit, output not
+            [B, K].
         ArithmeticError: a Jacobian above the bound, which would disprove it.
     """
     check_norm(norm)
@@ -153,7 +154,9 @@ def _pairwise(place: Place, constant: float, shape: tuple[int, ...], norm: str) 
     rows, slack = torch.eye(shape[0], dtype=torch.float64), 0.0
     if place.operator is not None:
         rows = place.operator.rows().detach().cpu()
-        slack = CANCELLATION * (magnitude(place.operator, norm) if place.operator.composite else float(rows.abs().sum()))
+        slack = CANCELLATION * (
+            magnitude(place.operator, norm) if place.operator.composite else float(rows.abs().sum(1).max())
+        )
     differences = torch.stack([torch.linalg.vector_norm(rows - row, ord=_DUAL[norm], dim=1) for row in rows])
     pairwise = constant * (differences * (1 + SAFETY) + slack) * (1 + SAFETY)
     return pairwise.fill_diagonal_(0.0)
@@ -178,7 +181,7 @@ class TrainingBound:
         self, model: nn.Module, input_shape: Sequence[int], steps: int = 1, *, through_norms: bool = True
     ) -> None:
         check_finite_state(model)
-        self._retrace = lambda: trace(model, tuple(input_shape), leaf_types())
+        self._retrace: Callable[[], Graph] = lambda: trace(model, tuple(input_shape), leaf_types())
         self._graph = self._retrace()
         _check_logits(self._graph.shapes[self._graph.output])
         live = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}

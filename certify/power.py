@@ -16,7 +16,8 @@ def starting_vector(
     """A random unit vector: a fixed one, such as all ones, can be orthogonal to the top direction for ever."""
     generator = torch.Generator().manual_seed(seed)
     vector = torch.randn(1, *shape, generator=generator, dtype=torch.float64)
-    return (vector / vector.norm()).to(like)
+    unit: Tensor = vector / vector.norm()
+    return unit.to(like)
 
 
 @torch.no_grad()

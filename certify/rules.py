@@ -1,8 +1,8 @@
 """The open registry: which operation has which Lipschitz rule.
 
 An operation is an exact module type, a function, or a tensor method's name. Its rule is either *linear* (it gives the
-operator, which neighbours may fold into) or a *factor* (a Lipschitz constant per norm). Nothing is inherited: a subclass
-with its own forward needs its own rule, and an operation without a rule is an error.
+operator, which neighbours may fold into) or a *factor* (a Lipschitz constant per norm). Nothing is inherited: a
+subclass with its own forward needs its own rule, and an operation without a rule is an error.
 """
 
 from __future__ import annotations

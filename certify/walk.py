@@ -21,7 +21,7 @@ from .rules import Call, Operation, Rule, rule_for
 _SUMS: tuple[Operation, ...] = (operator.add, torch.add, "add", operator.iadd, operator.sub, torch.sub, "sub")
 _DIFFERENCES: tuple[Operation, ...] = (operator.sub, torch.sub, "sub")
 _CONCATS: tuple[Operation, ...] = (torch.cat, torch.concat, torch.concatenate)
-_COMMUTATIVE: tuple[Operation, ...] = (operator.mul, torch.mul)
+_COMMUTATIVE: tuple[Operation, ...] = (operator.mul, torch.mul, "mul")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ class Walk:
         return Place(node, None)
 
     def _concat(self, node: fx.Node) -> Place:
-        terms = list(node.args[0]) if isinstance(node.args[0], (tuple, list)) else []
+        joined_terms = node.args[0] if node.args else node.kwargs.get("tensors")
+        terms = list(joined_terms) if isinstance(joined_terms, (tuple, list)) else []
         axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         dims = len(self._graph.shapes[node]) + 1
         if not isinstance(axis, int) or axis % dims == 0:

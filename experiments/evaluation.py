@@ -96,9 +96,7 @@ def evaluate(
     return Evaluation(_with_attacks(samples, attacked), results, bounds)
 
 
-def _with_lower(
-    model: nn.Module, config: CellConfig, split: Split
-) -> tuple[LipschitzBound, ArithmeticError | None]:
+def _with_lower(model: nn.Module, config: CellConfig, split: Split) -> tuple[LipschitzBound, ArithmeticError | None]:
     """The bound with its lower estimate, or without and what disproves it: the attacks then look for an example."""
     shape, points = tuple(split.x.shape[1:]), split.x[:_JACOBIAN_POINTS]
     try:

@@ -22,7 +22,6 @@ from .evaluation import CertificateViolationError, Evaluation, evaluate
 from .precision import exact_float32
 from .store import RunFolder, load_checkpoint, lock_output, save_checkpoint
 from .sweep import check_device
-from .training import forget
 
 __all__ = ["Opened", "attack_one", "bound_one", "open_model", "train_one"]
 
@@ -73,7 +72,11 @@ def open_model(
 
 
 def train_one(spec: RunSpec, output: Path, *, device: str, data_root: Path | None, console: Console) -> RunFolder:
-    """Train the one cell of `spec` and say where it lies; ConfigError where the spec holds several cells."""
+    """Train the one cell of `spec` and say where it lies; `certify run` takes the training over and does not repeat it.
+
+    Raises:
+        ConfigError: the spec holds several cells.
+    """
     cells = spec.cells()
     if len(cells) != 1:
         raise ConfigError(
@@ -95,7 +98,6 @@ def train_one(spec: RunSpec, output: Path, *, device: str, data_root: Path | Non
             device=device,
             report=lambda progress: console.out(progress.stage, highlight=False),
         )
-        forget(folder.path, cells[0])
     state = "" if not result.diverged else f"; the training diverged ({result.status})"
     console.out(f"best epoch {result.best_epoch}{state}; checkpoint in {folder.path}", highlight=False)
     return folder
@@ -105,7 +107,8 @@ def bound_one(opened: Opened, *, norm: str, method: str, console: Console) -> Li
     """Print the brackets of the affine runs, the whole network's, and the pairwise constants' range."""
     points = opened.data.test.x[:256].to(floating_like(opened.model).device)
     found = lipschitz(opened.model, opened.data.input_shape, method, norm, points=points)
-    table = Table(title=f"{opened.name}: {norm} norms", title_justify="left")
+    console.out(f"{opened.name}: {norm} norms", highlight=False)
+    table = Table()
     table.add_column("layers", overflow="fold")
     for column in ("lower", "upper", "upper / lower"):
         table.add_column(column, justify="right")
@@ -139,9 +142,8 @@ def attack_one(opened: Opened, settings: Mapping[str, Any], *, console: Console)
         save_checkpoint("counterexample.safetensors", error.example)
         raise CertificateViolationError(f"{error}; saved in counterexample.safetensors", error.example) from error
     results = found.results
-    table = Table(
-        title=f"{opened.name}: accuracy on {results['attacked_count']} attacked samples, %", title_justify="left"
-    )
+    console.out(f"{opened.name}: accuracy on {results['attacked_count']} attacked samples, %", highlight=False)
+    table = Table()
     table.add_column(f"{config.norm} eps", justify="right")
     for column in ("certified", "worst case", *config.attacks):
         table.add_column(column, justify="right")

@@ -23,7 +23,11 @@ def import_model(location: str, input_shape: tuple[int, ...], num_classes: int) 
     Raises:
         ValueError: no such module or function, or its result is not a model N x input_shape -> N x num_classes.
     """
-    model = _find(location)(input_shape=input_shape, num_classes=num_classes)
+    function = _find(location)
+    try:
+        model = function(input_shape=input_shape, num_classes=num_classes)
+    except TypeError as error:
+        raise ValueError(f"{location}: a call with input_shape= and num_classes= failed: {error}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{location} must return a torch.nn.Module, got {type(model).__name__}")
     output = _probe(location, model, input_shape)
@@ -38,7 +42,7 @@ def _find(location: str) -> Callable[..., Any]:
         raise ValueError(f"expected module:function, got {location!r}")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except (ImportError, SyntaxError) as error:
         raise ValueError(f"{location}: {error}; expected module:function of an importable module") from error
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -79,8 +79,9 @@ def clip_convolution(
     blocks = symbol.movedim((1, 2), (-2, -1))
     clipped = clip_singular_values(blocks, ceiling).movedim((-2, -1), (1, 2))
     full: Tensor = torch.fft.ifftn(clipped, dim=axes).real
-    support: tuple[slice, ...] = tuple(slice(size) for size in kernel)
-    return full[(..., *support)].reshape(weight.shape)
+    for axis, size in enumerate(kernel, start=full.dim() - len(kernel)):
+        full = full.narrow(axis, 0, size)
+    return full.reshape(weight.shape)
 
 
 def cayley(

@@ -72,9 +72,7 @@ def large_operator_norm(module, input_shape):
         image = exact(x)
         return torch.autograd.grad(image, x, torch.from_numpy(vector.reshape(image_shape)).double())[0].numpy().ravel()
 
-    operator = LinearOperator(
-        (offset.numel(), zero.numel()), matvec=forward, rmatvec=backward, dtype=np.float64
-    )
+    operator = LinearOperator((offset.numel(), zero.numel()), matvec=forward, rmatvec=backward, dtype=np.float64)
     start = random(min(operator.shape), seed=3).numpy()
     return float(svds(operator, k=1, return_singular_vectors=False, v0=start, tol=1e-9, maxiter=5000)[0])
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from mpmath import diff, erf, exp, findroot, mp, mpf, pi, sqrt, tanh
-from speccert.certify import lipschitz
 from torch import nn
+
+from speccert.certify import lipschitz
 
 # name: (layer, f, a point near the maximum of f', sup f' rounded up to 12 digits behind the point)
 CASES = {

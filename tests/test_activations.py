@@ -5,9 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import fx, nn
+
 from speccert.certify import lipschitz
 from speccert.models.activations import ACTIVATIONS, Abs, GroupSort, Householder, MaxMin, build_activation
-from torch import fx, nn
 
 SHAPES = [(5, 8), (3, 8, 4), (2, 8, 3, 5)]
 

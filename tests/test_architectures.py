@@ -3,11 +3,12 @@ import sys
 
 import pytest
 import torch
+from torch import fx, nn
+
 from speccert.certify import lipschitz
 from speccert.models.activations import ACTIVATIONS
 from speccert.models.architectures import ARCHITECTURES, build_model
 from speccert.models.layers import Normalize
-from torch import fx, nn
 
 IMAGES = [(1, 8, 8), (1, 28, 28), (3, 32, 32), (1, 1, 1), (2, 2, 2), (3, 7, 7)]
 CASES = [(name, shape) for name in ARCHITECTURES for shape in IMAGES] + [("mlp", (64,))]

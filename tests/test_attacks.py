@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from speccert.attacks import Attack, attack, available_attacks, is_minimum_norm, make_attack
 from torch import Tensor, nn
+
+from speccert.attacks import Attack, attack, available_attacks, is_minimum_norm, make_attack
 
 QUICK: dict[str, dict[str, Any]] = {
     "pgd": {"steps": 5, "restarts": 2},

@@ -6,12 +6,13 @@ import pytest
 import torch
 import torchattacks
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
 from speccert.attacks import attack
 from speccert.attacks.adapter import Layout, plain, precise, relative
 from speccert.attacks.autoattack import AutoAttack
 from speccert.attacks.gradient import PGD
 from speccert.attacks.targeted_apgd import TargetedAPGD
-from torch import Tensor, nn
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from speccert.attacks import attack, available_attacks
 from torch import Tensor, nn
+
+from speccert.attacks import attack, available_attacks
 
 NORMS = ("l2", "linf", "l1")
 DUAL = {"l2": 2.0, "linf": 1.0, "l1": float("inf")}

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
+
 from speccert.attacks.norms import NORMS
 
 ORDERS = {"l2": 2, "linf": np.inf, "l1": 1}

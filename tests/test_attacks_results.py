@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from speccert.attacks import AttackResult, worst_case
 
 INF = float("inf")

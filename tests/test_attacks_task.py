@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor, nn
+
 from speccert.attacks.norms import NORMS
 from speccert.attacks.task import Task, margin
 from speccert.attacks.victim import Victim
-from torch import Tensor, nn
 
 ORDERS = {"l2": 2.0, "linf": float("inf"), "l1": 1.0}
 

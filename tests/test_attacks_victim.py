@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from speccert.attacks import attack, available_attacks
-from speccert.attacks.victim import Victim, undisturbed
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+
+from speccert.attacks import attack, available_attacks
+from speccert.attacks.victim import Victim, undisturbed
 
 CASES = [(name, norm) for norm in ("l2", "linf", "l1") for name in available_attacks(norm)]
 QUICK: dict[str, dict[str, Any]] = {"autoattack": {"steps": 3, "queries": 8}, "cw": {"steps": 10, "searches": 2}}

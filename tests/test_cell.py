@@ -55,7 +55,13 @@ def test_the_summary_is_flat_strict_json_with_all_its_keys(finished):
     keys |= {"evaluate_s", "test_count", "attacked_count", "best_epoch", "diverged", "speccert_version"}
     keys |= {"torch_version", "python_version", "device", "machine", *CellConfig.__dataclass_fields__}
     for eps in ("0.1", "0.3", "0.5"):
-        names = ("certified_accuracy", "certified_accuracy_attacked", "worst_case_accuracy", "accuracy_fgsm", "accuracy_ddn")
+        names = (
+            "certified_accuracy",
+            "certified_accuracy_attacked",
+            "worst_case_accuracy",
+            "accuracy_fgsm",
+            "accuracy_ddn",
+        )
         keys |= {f"{name}_eps_{eps}" for name in names}
     assert keys <= summary.keys()
     assert (summary["id"], summary["test_count"], summary["attacked_count"]) == (config_id(tiny()), 60, 20)

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from speccert.experiments.config import (
     ACTIVATIONS,
     ATTACK_NORMS,

@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 import torch
+
 from speccert.experiments import download
 from speccert.experiments.data import Dataset, Split, load_dataset, read_cifar, read_idx
 from speccert.experiments.download import DataError, DataFile, Source
@@ -154,7 +155,9 @@ def test_a_wrong_file_is_refused(tmp_path, small_mnist, damage, match):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b"a" * 1000)[:20], b""])
+@pytest.mark.parametrize(
+    "content", [b"not gzip", gzip.compress(b"a" * 1000)[:20], b""], ids=["not gzip", "truncated", "empty"]
+)
 def test_a_broken_gzip_file_is_refused(tmp_path, small_mnist, content):
     name = "train-labels-idx1-ubyte"
     write(tmp_path / "mnist", {key: value for key, value in small_mnist.items() if key != name})

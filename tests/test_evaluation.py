@@ -5,12 +5,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from speccert.certify import rules
 from speccert.certify.linear import Dense
 from speccert.experiments.config import CellConfig
 from speccert.experiments.data import Dataset, Split
 from speccert.experiments.evaluation import CertificateViolationError, evaluate
-from torch import nn
 
 CLASSES, SIDE = 4, 6
 ORDERS = {"l2": 2, "linf": math.inf, "l1": 1}

@@ -4,10 +4,11 @@ import time
 
 import pytest
 import torch
+from torch import nn
+
 from speccert.experiments.config import CellConfig
 from speccert.experiments.data import Split
 from speccert.experiments.fitting import Fitter, NonFiniteError, seeded
-from torch import nn
 
 CPU = torch.device("cpu")
 

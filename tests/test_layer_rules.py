@@ -5,10 +5,11 @@ import pytest
 import torch
 from oracles import Wired, assert_sound, matrix_norm, operator_matrix, operator_norm, random, randomised
 from scipy.optimize import minimize_scalar
-from speccert.certify import lipschitz, norm_bounds
-from speccert.certify.layer_rules import GELU, GELU_TANH, SILU
 from torch import nn
 from torch.nn import functional
+
+from speccert.certify import lipschitz, norm_bounds
+from speccert.certify.layer_rules import GELU, GELU_TANH, SILU
 
 NORMS = ("l2", "linf", "l1")
 
@@ -116,7 +117,12 @@ def test_layers_that_act_otherwise_in_training_mode_are_refused_there(layer):
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
-        *((nn.BatchNorm2d(3), (4, 2, 2)), (nn.BatchNorm2d(3), (3,)), (nn.BatchNorm1d(3), (4,)), (nn.Linear(3, 2), (4,))),
+        *(
+            (nn.BatchNorm2d(3), (4, 2, 2)),
+            (nn.BatchNorm2d(3), (3,)),
+            (nn.BatchNorm1d(3), (4,)),
+            (nn.Linear(3, 2), (4,)),
+        ),
         *((nn.AvgPool2d(2), (4,)), (nn.AvgPool2d(2), (4, 4)), (nn.AvgPool1d(2), (4,)), (nn.AvgPool2d(5), (1, 3, 3))),
         *((nn.AdaptiveAvgPool2d(2), (4, 4)), (nn.AdaptiveAvgPool1d(2), (4,)), (nn.ZeroPad2d(-1), (2, 5, 5))),
         *((nn.PixelShuffle(2), (3, 2, 2)), (nn.Linear(3, 2), ()), (nn.Unflatten(1, (2, 2)), (5,))),
@@ -124,7 +130,7 @@ def test_layers_that_act_otherwise_in_training_mode_are_refused_there(layer):
     ids=str,
 )
 def test_inputs_that_do_not_fit_a_layer_are_refused(layer, shape):
-    with pytest.raises(ValueError, match="expected|does not fit") as caught:
+    with pytest.raises(ValueError, match=r"expected|does not fit") as caught:
         norm_bounds(layer.eval(), shape)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -226,7 +232,16 @@ def test_smooth_activations_have_their_largest_slope(function, constant, loose):
 ACTIVATIONS = [
     *(nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-2.0, 0.5), nn.Tanh(), nn.Softsign(), nn.Softshrink(0.3), nn.LogSigmoid()),
     *(nn.Tanhshrink(), nn.Sigmoid(), nn.Softplus(), nn.Softplus(3.0, 40), nn.Softplus(0.1), nn.LeakyReLU(0.2)),
-    *(nn.LeakyReLU(3.0), nn.LeakyReLU(-2.5), nn.ELU(), nn.ELU(4.0), nn.ELU(-4.0), nn.GELU(), nn.GELU("tanh"), nn.SiLU()),
+    *(
+        nn.LeakyReLU(3.0),
+        nn.LeakyReLU(-2.5),
+        nn.ELU(),
+        nn.ELU(4.0),
+        nn.ELU(-4.0),
+        nn.GELU(),
+        nn.GELU("tanh"),
+        nn.SiLU(),
+    ),
 ]
 
 
@@ -277,7 +292,9 @@ FUNCTIONS = {
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_functions_and_methods_are_sound(function):
-    model = randomised(Wired(function, {"scale": random(3), "before": random(4)}, fc=nn.Linear(4, 3)), scale=1.0).double()
+    model = randomised(
+        Wired(function, {"scale": random(3), "before": random(4)}, fc=nn.Linear(4, 3)), scale=1.0
+    ).double()
     assert_sound(model, (4,))
 
 

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from torch import fx, nn
+
 from speccert.certify import lipschitz
 from speccert.models.layers import Normalize, Residual
-from torch import fx, nn
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (2, 3, 5, 3), (2, 3, 4, 6)])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from oracles import matrix_norm, random
+
 from speccert.certify.linear import (
     Chain,
     Channelwise,
@@ -99,14 +100,17 @@ def test_chains_fold_without_changing_the_map(first, last):
     torch.testing.assert_close(matrix_of(chain([first, flat, second])), matrix_of(second) @ matrix_of(first))
 
 
-@pytest.mark.parametrize("first", [m for m in MAPS.values() if m.in_shape == m.out_shape], ids=str)
-def test_sums_fold_without_changing_the_map(first):
+@pytest.mark.parametrize("name", [name for name, m in MAPS.items() if m.in_shape == m.out_shape])
+def test_sums_fold_without_changing_the_map(name):
+    first = MAPS[name]
     second = Diagonal(torch.tensor(0.5, dtype=torch.float64), first.in_shape)
     for total in (add(first, second), add(second, first), add(first, first)):
         expected = matrix_of(first) + (matrix_of(first) if total is None else 0)
         assert total.in_shape == first.in_shape
         assert expected.shape == matrix_of(total).shape
-    torch.testing.assert_close(matrix_of(add(first, second)), matrix_of(first) + 0.5 * torch.eye(len(matrix_of(first))).double())
+    torch.testing.assert_close(
+        matrix_of(add(first, second)), matrix_of(first) + 0.5 * torch.eye(len(matrix_of(first))).double()
+    )
     torch.testing.assert_close(matrix_of(add(first, first)), 2 * matrix_of(first))
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from speccert.experiments.losses import LOSSES, build_loss
 
 EPS, TEMPERATURE, OFFSET = 0.3, 0.25, 0.1

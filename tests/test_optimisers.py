@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from speccert.experiments.config import CellConfig
 from speccert.experiments.optimisers import build_optimizer, learning_rate
 

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+
 from speccert.experiments.config import CellConfig, RunSpec
 from speccert.experiments.plots import (
     plot_accuracy_over_eps,

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from oracles import matrix_norm, random
+
 from speccert.certify import estimate_norm
 from speccert.certify.linear import Dense, Diagonal
 from speccert.certify.power import improve, starting_vector

@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+
 from speccert.experiments.resume import ResumeFile
 from speccert.experiments.store import StoreError
 

@@ -1,10 +1,11 @@
 import pytest
 import torch
 from oracles import Wired, assert_sound, matrix_norm, random, randomised
+from torch import nn
+
 from speccert.certify import Call, linear_map_of, lipschitz, norm_bounds, register_rule
 from speccert.certify import rules as registry
 from speccert.certify.linear import Dense, Diagonal
-from torch import nn
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +86,7 @@ def test_nothing_is_inherited():
 
     with pytest.raises(ValueError, match="no Lipschitz rule for sin"):
         lipschitz(model_with(Milder()), (4,))
-    with pytest.raises(ValueError, match="no Lipschitz rule for .*Milder"):
+    with pytest.raises(ValueError, match=r"no Lipschitz rule for .*Milder"):
         linear_map_of(Milder(), (3,))
 
 
@@ -104,7 +105,7 @@ def test_factors_that_bound_nothing_are_refused(factor):
 @pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf")])
 def test_factors_that_a_rule_computes_are_checked_too(factor):
     register_rule(Cube, factor=lambda call, norm: factor)
-    with pytest.raises(ValueError, match="factor|overflow"):
+    with pytest.raises(ValueError, match=r"factor|overflow"):
         lipschitz(model_with(Cube()), (4,))
 
 

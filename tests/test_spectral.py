@@ -3,11 +3,12 @@ import time
 import pytest
 import torch
 from oracles import operator_norm, randomised
+from torch import nn
+from torch.nn.utils import parametrizations
+
 from speccert.certify import linear_map_of, norm_bounds
 from speccert.certify.linear import Chain, Reindex
 from speccert.certify.spectral import bracket
-from torch import nn
-from torch.nn.utils import parametrizations
 
 NORMS = ("l2", "linf", "l1")
 
@@ -33,7 +34,7 @@ def test_layers_that_are_not_affine_are_refused(layer):
 
 
 def test_unknown_layer_and_unknown_norm_are_refused():
-    with pytest.raises(ValueError, match="no Lipschitz rule for .*Softmax.*register_rule"):
+    with pytest.raises(ValueError, match=r"no Lipschitz rule for .*Softmax.*register_rule"):
         norm_bounds(nn.Softmax(1), (3,))
     with pytest.raises(ValueError, match="expected one of l2, linf, l1"):
         norm_bounds(nn.Linear(3, 3), (3,), "fro")

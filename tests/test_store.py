@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch import nn
+
 from speccert.experiments import store
 from speccert.experiments.config import CellConfig, config_id
 from speccert.experiments.store import (
@@ -21,7 +23,6 @@ from speccert.experiments.store import (
     save_checkpoint,
     write_atomic,
 )
-from torch import nn
 
 SAMPLES = pd.DataFrame(
     {

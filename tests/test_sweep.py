@@ -50,6 +50,12 @@ run({spec!r}, {output!r})
 """
 
 
+LAST_FILE = """
+from speccert.experiments.store import RunFolder
+RunFolder.write_summary = dies(RunFolder.write_summary, 1)
+"""
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     before = torch.get_num_threads()
@@ -94,7 +100,9 @@ def test_a_run_writes_folders_tables_and_pictures(finished):
     figures = {"accuracy_over_eps", "gradient_norms", "radius_against_distance", "sandwich_eps_0.1", "sandwich_eps_0.3"}
     files = {"robustness.csv", "robustness.md", "robustness.tex", ".lock"}
     assert {path.name for path in output.iterdir()} == {*files, "figures", *map(config_id, cells)}
-    assert {path.name for path in (output / "figures").iterdir()} == {f"{f}.{s}" for f in figures for s in ("pdf", "png")}
+    assert {path.name for path in (output / "figures").iterdir()} == {
+        f"{f}.{s}" for f in figures for s in ("pdf", "png")
+    }
     assert table["threshold"].tolist() == [1.0, math.inf]
     written = pd.read_csv(output / "robustness.csv")
     for column in ("clean_accuracy", "mean_distance", "worst_case_accuracy_eps_0.3"):
@@ -152,7 +160,7 @@ def test_a_summary_that_is_damaged_is_computed_again_to_the_same(no_figures, tmp
     [
         ("training", "resume.ResumeFile.write = dies(resume.ResumeFile.write, 3)"),
         ("attacks", "evaluation.attack = dies(evaluation.attack, 2)"),
-        ("last file", "from speccert.experiments.store import RunFolder\nRunFolder.write_summary = dies(RunFolder.write_summary, 1)"),
+        pytest.param("last file", LAST_FILE, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_result(stage, patch, tmp_path, no_figures):
@@ -172,8 +180,10 @@ def test_a_killed_run_goes_on_to_the_same_result(stage, patch, tmp_path, no_figu
     whole = only_folder(tmp_path / "whole")
     assert without_times(folder.read_summary()) == without_times(whole.read_summary())
     assert folder.read_samples().equals(whole.read_samples())
-    assert folder.read_history().drop(columns=["epoch_s", "step_s"]).equals(
-        whole.read_history().drop(columns=["epoch_s", "step_s"])
+    assert (
+        folder.read_history()
+        .drop(columns=["epoch_s", "step_s"])
+        .equals(whole.read_history().drop(columns=["epoch_s", "step_s"]))
     )
     assert load_file(folder.checkpoint_path).keys() == load_file(whole.checkpoint_path).keys()
     assert folder.checkpoint_path.read_bytes() == whole.checkpoint_path.read_bytes()
@@ -287,7 +297,9 @@ def test_bad_input_ends_in_one_line_before_any_run_folder(spec, arguments, error
 
 
 def test_missing_data_end_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("speccert.experiments.data.read_files", lambda name, root: (_ for _ in ()).throw(DataError("no data")))
+    monkeypatch.setattr(
+        "speccert.experiments.data.read_files", lambda name, root: (_ for _ in ()).throw(DataError("no data"))
+    )
     with pytest.raises(DataError, match="no data"):
         run({**TINY, "dataset": "mnist"}, tmp_path / "runs", data_root=tmp_path / "nowhere")
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from rich.console import Console
+
 from speccert.experiments.config import CellConfig, RunSpec
 from speccert.experiments.store import RunFolder
 from speccert.experiments.tables import print_table, robustness_table, to_csv, to_latex, to_markdown, write_table

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from speccert.certify import certified_radii
 from speccert.experiments.config import CellConfig
 from speccert.experiments.data import Dataset, Split
@@ -205,7 +206,7 @@ def test_normalisation_counts_in_the_bound(normalise, scale):
 
 @pytest.mark.parametrize("norm", ["linf", "l1"])
 def test_validation_is_in_the_norm_of_the_config(norm):
-    result = train(cell(norm=norm, attacks=("pgd",), epochs=2, eps=(0.02,)), blobs())
+    result = train(cell(norm=norm, attacks=("fmn",), epochs=2, eps=(0.02,)), blobs())
     part = blobs().validation
     radii = certified_radii(result.model, part.x, part.y, norm=norm)
     row = result.history.set_index("epoch").loc[result.best_epoch]

@@ -1,0 +1,293 @@
+import io
+import math
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import nn
+
+from speccert.attacks import available_attacks
+from speccert.certify import rules
+from speccert.certify.linear import Dense
+from speccert.experiments.cell import run_cell
+from speccert.experiments.config import CellConfig, ConfigError, RunSpec
+from speccert.experiments.evaluation import CertificateViolationError
+from speccert.experiments.stages import attack_one, bound_one, open_model, train_one
+from speccert.experiments.store import RunFolder, StoreError, save_checkpoint
+
+TINY = {
+    "width": 16,
+    "epochs": 2,
+    "train_samples": 300,
+    "test_samples": 60,
+    "attack_samples": 20,
+    "attacks": ("fgsm", "ddn"),
+    "loss": "cross-entropy",
+    "seed": 3,
+}
+MODELS = """
+import torch
+from torch import nn
+def linear(input_shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
+class Summed(nn.Module):
+    def forward(self, x):
+        return torch.cumsum(x, 1)
+def unknown(input_shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes), Summed())
+def three(input_shape, num_classes):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+class Training(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(64, 10)
+    def train(self, mode=True):
+        return super().train(True)
+    def forward(self, x):
+        return self.last(x.flatten(1))
+def training(input_shape, num_classes):
+    return Training()
+"""
+
+
+def console(width=100):
+    return Console(file=io.StringIO(), width=width, color_system=None)
+
+
+def text(shown):
+    return shown.file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    output = tmp_path_factory.mktemp("runs")
+    config = CellConfig(**TINY)
+    return RunFolder.of(output, config), run_cell(config, output)
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A module of the user's, `stage_models`, in the current folder."""
+    (tmp_path / "stage_models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "stage_models", raising=False)
+    return tmp_path
+
+
+def weights(scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    return {"1.weight": scale * torch.randn(10, 64, generator=generator) / 8, "1.bias": torch.zeros(10)}
+
+
+def test_the_attack_of_a_run_folder_repeats_its_results(finished):
+    folder, summary = finished
+    found = attack_one(open_model(str(folder.path)), {}, console=console())
+    results = {key: value for key, value in found.results.items() if key != "evaluate_s"}
+    assert results == pytest.approx({key: summary[key] for key in results})
+
+
+def test_other_attacks_and_eps_on_a_run_folder(finished):
+    shown = console()
+    settings = {"attacks": ["fgsm", "pgd"], "eps": [0.2], "attack_samples": 7, "seed": [1]}
+    found = attack_one(open_model(str(finished[0].path)), settings, console=shown)
+    assert found.results["attacked_count"] == 7
+    assert found.results["certified_accuracy_attacked_eps_0.2"] <= found.results["worst_case_accuracy_eps_0.2"]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text(shown).splitlines()]
+    (cells,) = (row for row in rows if row[0] == "0.2")
+    keys = ("certified_accuracy_attacked", "worst_case_accuracy", "accuracy_fgsm", "accuracy_pgd")
+    assert cells == ["0.2", *(f"{100 * found.results[f'{key}_eps_0.2']:.1f}" for key in keys)]
+
+
+@pytest.mark.parametrize(("norm", "attacks"), [("linf", ("fgsm",)), ("l1", available_attacks("l1"))])
+def test_without_attacks_named_those_that_know_the_norm_run(norm, attacks, finished):
+    found = attack_one(open_model(str(finished[0].path)), {"norm": norm, "attack_samples": 4}, console=console())
+    used = {key.split("_")[1] for key in found.samples if key.startswith("robust_")}
+    assert used == set(attacks)
+
+
+def test_a_table_of_all_attacks_is_not_cut(finished, monkeypatch):
+    from speccert.experiments import evaluation
+
+    def quick(model, x, y, name, **options):
+        return honest(model, x, y, "fgsm", norm="l2", eps=0.1)
+
+    honest = evaluation.attack
+    monkeypatch.setattr(evaluation, "attack", quick)
+    shown = console()
+    attack_one(
+        open_model(str(finished[0].path)), {"attacks": available_attacks("l2"), "attack_samples": 3}, console=shown
+    )
+    assert "…" not in text(shown)
+    assert all(name in text(shown) for name in available_attacks("l2"))
+
+
+def test_the_bound_of_a_users_linear_model_is_its_norm(models):
+    save_checkpoint(models / "weights.safetensors", weights())
+    weight = weights()["1.weight"].double()
+    shown = console()
+    opened = open_model("stage_models:linear", checkpoint=models / "weights.safetensors", dataset="digits")
+    found = bound_one(opened, norm="l2", method="product", console=shown)
+    exact = float(torch.linalg.matrix_norm(weight, 2))
+    assert exact <= found.upper <= exact * (1 + 1e-6)
+    assert found.lower == pytest.approx(exact, rel=1e-5)
+    pairs = torch.cdist(weight, weight)
+    assert (found.pairwise.double() >= pairs - 1e-9).all()
+    assert f"at most {exact:.6g} (product)" in text(shown)
+    assert f"{pairs[pairs > 0].min():.6g} to {pairs.max():.6g}" in text(shown)
+    linf = bound_one(opened, norm="linf", method="product", console=console())
+    assert linf.upper >= float(weight.abs().sum(1).max())
+
+
+def test_bounds_print_without_broken_lines(finished):
+    shown = console(60)
+    bound_one(open_model(str(finished[0].path)), norm="l2", method="product", console=shown)
+    (line,) = (line for line in text(shown).splitlines() if line.startswith("Lipschitz constant"))
+    assert line.endswith("(product)")
+    assert "…" not in text(shown)
+
+
+def test_a_torch_checkpoint_is_read_too(models):
+    torch.save(weights(), models / "weights.pt")
+    opened = open_model("stage_models:linear", checkpoint=models / "weights.pt", dataset="digits")
+    assert torch.equal(opened.model[1].weight, weights()["1.weight"])
+
+
+def test_a_broken_bound_saves_its_example_in_the_current_folder(models, monkeypatch):
+    save_checkpoint(models / "weights.safetensors", weights())
+    rule = rules.Rule(linear=lambda call: Dense(call.module.weight * 0.01, call.in_shape))
+    monkeypatch.setitem(rules._RULES, nn.Linear, rule)
+    opened = open_model("stage_models:linear", checkpoint=models / "weights.safetensors", dataset="digits")
+    with pytest.raises(CertificateViolationError, match=r"saved in counterexample.safetensors"):
+        attack_one(opened, {"attacks": ["ddn"], "attack_samples": 100}, console=console())
+    example = load_file(models / "counterexample.safetensors")
+    distance = torch.linalg.vector_norm((example["x_adv"].double() - example["x"].double()).flatten())
+    assert distance < example["radius"]
+    with torch.no_grad():
+        logits = opened.model(example["x_adv"][None])[0]
+    assert logits.topk(2).indices.tolist()[0] != example["label"] or logits.topk(2).values.diff().abs() < 1e-5
+
+
+def nan_weights(folder):
+    save_checkpoint(folder / "nan.safetensors", {**weights(), "1.bias": torch.full((10,), math.nan)})
+    return {"checkpoint": folder / "nan.safetensors"}
+
+
+def cut_weights(folder):
+    save_checkpoint(folder / "cut.safetensors", weights())
+    path = folder / "cut.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    return {"checkpoint": path}
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "error", "message"),
+    [
+        ("nothing", {}, ConfigError, "model: expected a run folder or module:function, got 'nothing'"),
+        ("stage_models:linear", {"dataset": None}, ConfigError, "dataset: expected one for the model"),
+        ("stage_models:missing", {}, ValueError, "no function missing"),
+        ("no_such_module:f", {}, ValueError, "No module named 'no_such_module'"),
+        ("stage_models:three", {}, ValueError, r"expected logits of shape \(1, 10\), got \(1, 3\)"),
+        ("stage_models:linear", nan_weights, StoreError, "NaN or infinite weights: 1.bias"),
+        ("stage_models:linear", cut_weights, StoreError, "cut.safetensors: truncated"),
+        ("stage_models:linear", {"checkpoint": "none.safetensors"}, StoreError, "none.safetensors: cannot be read"),
+        ("stage_models:linear", {"dataset": "none.npz"}, ValueError, "none.npz: cannot be read"),
+        ("stage_models:linear", {"device": "abacus"}, ValueError, "device: expected cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_model_that_cannot_be_opened_is_refused_in_one_line(name, more, error, message, models):
+    arguments = {"dataset": "digits", **(more(models) if callable(more) else more)}
+    with pytest.raises(error, match=message) as raised:
+        open_model(name, **arguments)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("unknown", "cumsum: no Lipschitz rule for cumsum"), ("training", "expected eval mode, got training mode")],
+)
+def test_a_model_without_a_certificate_is_refused_in_one_line(name, message, models):
+    opened = open_model(f"stage_models:{name}", dataset="digits")
+    with pytest.raises(ValueError, match=message):
+        bound_one(opened, norm="l2", method="product", console=console())
+    with pytest.raises(ValueError, match=message):
+        attack_one(opened, {"attacks": ["fgsm"]}, console=console())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: folder.config_path.write_text(folder.config_path.read_text()[:50]),
+            "expected a config in JSON",
+        ),
+        (lambda folder: folder.checkpoint_path.unlink(), "missing; the run has not been trained to its end"),
+    ],
+)
+def test_a_damaged_run_folder_is_refused(damage, message, finished, tmp_path):
+    copy = RunFolder(tmp_path / finished[0].id)
+    copy.path.mkdir()
+    for path in finished[0].path.iterdir():
+        (copy.path / path.name).write_bytes(path.read_bytes())
+    damage(copy)
+    with pytest.raises(StoreError, match=message):
+        open_model(str(copy.path))
+
+
+def test_a_run_folder_takes_no_other_data_or_weights(finished):
+    with pytest.raises(ConfigError, match="a run folder brings its own data set and checkpoint"):
+        open_model(str(finished[0].path), dataset="digits")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eps": [-0.1]}, r"eps = \(-0.1,\): expected a list of finite numbers >= 0"),
+        ({"eps": []}, r"eps = \(\)"),
+        ({"attacks": ["pdg"]}, "attacks = "),
+        ({"seed": [0, 1]}, "seed: expected one, got 2"),
+        ({"attack_samples": 0}, "attack_samples = 0"),
+        ({"norm": "linf", "attacks": ["ddn"]}, "attacks = ddn: not for norm linf"),
+    ],
+)
+def test_bad_attack_settings_are_refused(settings, message, finished):
+    with pytest.raises(ConfigError, match=message):
+        attack_one(open_model(str(finished[0].path)), settings, console=console())
+
+
+def spec(**settings):
+    return RunSpec.from_mapping({**TINY, "thresholds": [1.0], **settings})
+
+
+def train_here(grid, output, shown=None):
+    return train_one(grid, output, device="cpu", data_root=None, console=shown or console())
+
+
+def test_training_alone_keeps_the_model_and_nothing_else(tmp_path, finished):
+    shown = console(30)
+    folder = train_here(spec(), tmp_path, shown)
+    assert {path.name for path in folder.path.iterdir()} == {"config.json", "checkpoint.safetensors", "history.parquet"}
+    assert folder.checkpoint_path.read_bytes() == finished[0].checkpoint_path.read_bytes()
+    assert text(shown).splitlines()[0] == "training"
+    assert text(shown).splitlines()[-1].endswith(f"; checkpoint in {folder.path}") or "best epoch" in text(shown)
+
+
+def test_training_does_not_touch_a_finished_run(finished):
+    folder, _ = finished
+    before = {path.name: path.stat().st_mtime_ns for path in folder.path.iterdir()}
+    shown = console()
+    train_here(spec(), folder.path.parent, shown)
+    assert "finished before" in text(shown)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"thresholds": [1, 2]}, "got 2 cells; use certify run"), ({"width": 15}, "multiple of 2 channels, got 15")],
+)
+def test_what_cannot_be_trained_is_refused_before_any_folder(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train_here(spec(**settings), tmp_path / "runs")
+    assert not list((tmp_path / "runs").glob("*/"))

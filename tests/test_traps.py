@@ -1,0 +1,239 @@
+"""Mistakes known from other tools, one test each; those on training, attacks and storage are elsewhere."""
+
+import math
+
+import pytest
+import torch
+from oracles import Wired, exact_copy, jacobian, matrix_norm, operator_norm, random, randomised
+from torch import nn
+from torch.nn.utils import parametrize
+
+from speccert.certify import certified_radii, estimate_norm, lipschitz, norm_bounds, register_rule
+from speccert.certify.convolution import torus_bound
+from speccert.certify.linear import Dense, float64
+from speccert.certify.rules import linear_map_of
+from speccert.models import Normalize, Residual
+
+
+def test_power_iteration_is_no_bound():
+    for seed in range(20):
+        layer = randomised(nn.Conv2d(3, 4, 3, padding=1), seed)
+        exact = operator_norm(layer, (3, 7, 7))
+        linear = float64(linear_map_of(layer, (3, 7, 7)))
+        assert float(estimate_norm(linear, steps=10)[0]) < exact <= norm_bounds(layer, (3, 7, 7)).upper
+        assert torus_bound(linear) >= exact
+
+
+def test_start_vector_is_not_orthogonal_to_the_top_direction():
+    layer = nn.Linear(2, 1)
+    layer.weight.data = torch.tensor([[1.0, -1.0]])
+    assert norm_bounds(layer, (2,)).upper >= math.sqrt(2)
+    assert float(estimate_norm(Dense(layer.weight, (2,)))[0].detach()) == pytest.approx(math.sqrt(2))
+
+
+class Rescaling(nn.Module):
+    def forward(self, x):
+        return torch.special.expit(100 * x)
+
+
+@pytest.mark.parametrize("layer", [Rescaling(), nn.Softmax(1), nn.LayerNorm(3), nn.CELU()], ids=str)
+def test_unknown_layer_does_not_count_as_1(layer):
+    with pytest.raises(ValueError, match="no Lipschitz rule"):
+        lipschitz(nn.Sequential(nn.Linear(3, 3), layer).eval(), (3,))
+
+
+def test_batch_norm_and_gelu_do_not_count_as_1():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.GELU()).eval()
+    model[0].weight.data.fill_(50.0)
+    assert lipschitz(model, (3,)).upper >= 50 / math.sqrt(1 + 1e-5) * 1.1289
+
+
+def test_branching_graph_is_no_chain():
+    model = Wired(lambda m, x: x + m.identity(x), identity=nn.Linear(3, 3, bias=False)).eval()
+    nn.init.eye_(model.identity.weight)
+    assert lipschitz(model, (3,)).upper >= 2.0
+    assert lipschitz(model, (3,)).upper == pytest.approx(2.0, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("pool", "true"), [((3, 1), 3.0), ((3, 2), 2.0), ((2, 2), 1.0), (((2, 3), (3, 2)), math.sqrt(2))]
+)
+def test_overlapping_max_pool_is_not_1_lipschitz(pool, true):
+    upper = lipschitz(nn.Sequential(nn.MaxPool2d(*pool), nn.Flatten()).eval(), (1, 9, 9)).upper
+    assert true <= upper <= true * (1 + 1e-8)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_bound_is_not_computed_on_stale_weights():
+    model = randomised(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Flatten(), nn.Linear(32, 3)))
+    parametrize.register_parametrization(model[0], "weight", Doubled())
+    model.eval()
+    before = lipschitz(model, (2, 4, 4)).upper
+    model[0].parametrizations.weight.original.data.mul_(100)
+    after = lipschitz(model, (2, 4, 4)).upper
+    assert after == pytest.approx(100 * before, rel=1e-6)
+    assert after >= operator_norm(model, (2, 4, 4)) * (1 - 1e-6)
+
+
+def test_tie_of_the_top_logits_is_not_certified():
+    model = randomised(nn.Sequential(nn.Linear(4, 3, bias=False)))
+    assert float(certified_radii(model, torch.zeros(1, 4))) == 0.0
+    nn.init.zeros_(model[0].weight)
+    assert float(certified_radii(model, torch.ones(1, 4))) == 0.0
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("shape", [(2, 7, 7), (2, 40, 40)])
+def test_padding_that_repeats_pixels_counts(mode, kernel, shape):
+    layer = randomised(nn.Conv2d(2, 2, kernel, padding=kernel // 2, padding_mode=mode))
+    small = operator_norm(layer, (2, 7, 7))
+    bounds = norm_bounds(layer, shape)
+    if shape == (2, 7, 7):
+        assert small <= bounds.upper <= small * (1 + 1e-8)
+    else:
+        assert bounds.lower <= bounds.upper
+        assert bounds.upper >= bounds.lower * (1 + 1e-12)
+    identity = nn.Conv2d(1, 1, kernel, padding=kernel // 2, padding_mode=mode, bias=False)
+    nn.init.ones_(identity.weight)
+    linear = float64(linear_map_of(identity, (1, 8, 8)))
+    assert operator_norm(identity, (1, 8, 8)) <= torus_bound(linear) * (1 + 1e-12)
+
+
+def test_circular_grid_is_the_picture_not_the_kernel():
+    for seed in range(10):
+        layer = randomised(nn.Conv2d(3, 3, 3, padding=1), seed)
+        symbol = torch.fft.fft2(layer.weight.detach().double()).permute(2, 3, 0, 1)
+        on_the_kernel = float(torch.linalg.matrix_norm(symbol, 2).max())
+        exact = operator_norm(layer, (3, 8, 8))
+        assert torus_bound(float64(linear_map_of(layer, (3, 8, 8)))) >= exact
+        assert exact > 0.5 * on_the_kernel
+    dense = nn.Conv2d(1, 1, 2, bias=False)
+    dense.weight.data = torch.tensor([[[[1.0, 0.0], [1j.imag, -1.0]]]])
+    assert norm_bounds(dense, (1, 9, 9)).upper >= operator_norm(dense, (1, 9, 9))
+
+
+def test_grouped_convolution_is_the_maximum_not_the_product():
+    layer = randomised(nn.Conv2d(6, 6, 3, padding=1, groups=6))
+    exact = operator_norm(layer, (6, 6, 6))
+    assert exact <= norm_bounds(layer, (6, 6, 6)).upper <= exact * (1 + 1e-8)
+    assert torus_bound(float64(linear_map_of(layer, (6, 6, 6)))) >= exact
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2, 3, "same", "valid"])
+def test_padding_is_that_of_the_layer(padding):
+    layer = randomised(nn.Conv2d(2, 3, 5, padding=padding))
+    exact = operator_norm(layer, (2, 8, 8))
+    assert exact <= norm_bounds(layer, (2, 8, 8)).upper <= exact * (1 + 1e-8)
+
+
+def test_input_normalisation_counts_by_its_smallest_std():
+    model = nn.Sequential(Normalize([0.5, 0.4, 0.3], [0.25, 0.5, 0.1]), nn.Flatten()).eval()
+    for norm in ("l2", "linf", "l1"):
+        assert 10 <= lipschitz(model, (3, 2, 2), norm=norm).upper * (1 + 1e-7) <= 10.00001
+
+
+def test_radii_are_in_raw_input_units():
+    head = randomised(nn.Linear(12, 3))
+    plain, scaled = (
+        nn.Sequential(nn.Flatten(), head).eval(),
+        nn.Sequential(Normalize(0.0, 0.1), nn.Flatten(), head).eval(),
+    )
+    x = random(5, 3, 4).float()
+    torch.testing.assert_close(certified_radii(scaled, x / 10), certified_radii(plain, x) / 10, rtol=1e-4, atol=1e-6)
+
+
+def test_batch_norm_takes_the_square_root():
+    model = randomised(nn.Sequential(nn.BatchNorm2d(3), nn.Flatten()))
+    exact = operator_norm(model, (3, 2, 2))
+    assert exact <= lipschitz(model, (3, 2, 2)).upper <= exact * (1 + 1e-7)
+
+
+def test_every_pair_counts_not_the_runner_up_alone():
+    model = nn.Sequential(nn.Linear(2, 3)).double().eval()
+    model[0].weight.data = torch.tensor([[0.0, 0.0], [0.1, 0.0], [0.0, 10.0]], dtype=torch.float64)
+    model[0].bias.data = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    assert float(certified_radii(model, torch.zeros(1, 2).double())) == pytest.approx(0.1, rel=1e-6)
+
+
+def test_bound_does_not_accumulate_over_batches_or_calls():
+    model = randomised(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    x = random(9, 4).float()
+    first = certified_radii(model, x, batch_size=2)
+    torch.testing.assert_close(certified_radii(model, x, batch_size=2), first, rtol=0, atol=0)
+    torch.testing.assert_close(certified_radii(model, x), first, rtol=1e-5, atol=1e-6)
+
+
+def test_residual_sum_is_not_taken_for_1_lipschitz():
+    block = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU())
+    nn.init.eye_(block[0].weight)
+    model = Residual(block).eval()
+    assert lipschitz(model, (4,)).upper >= 2.0 >= matrix_norm(jacobian(exact_copy(model), torch.ones(4).double()))
+
+
+def test_weights_of_truncated_series_are_measured_not_believed():
+    """A layer called orthogonal whose weight is not: the bound is that of the weight."""
+    layer = nn.Linear(4, 4, bias=False)
+    generator = 0.9 * random(4, 4)
+    skew = generator - generator.T
+    layer.weight.data = (torch.eye(4) + skew + skew @ skew / 2).float()
+    assert norm_bounds(layer, (4,)).lower > 1.001
+
+
+def test_bf16_and_tf32_do_not_reach_the_logits():
+    model, x = randomised(nn.Sequential(nn.Linear(64, 3))), random(10, 64).float()
+    plain = certified_radii(model, x)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(certified_radii(model, x), plain)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_rounding_of_the_certifier_never_lowers_the_bound():
+    for seed in range(200):
+        matrix = random(12, 9, seed=seed).float()
+        layer = nn.Linear(9, 12)
+        layer.weight.data = matrix
+        assert norm_bounds(layer, (9,)).upper >= matrix_norm(matrix.double())
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(2, 2, 3, padding=1), nn.Linear(5, 4), nn.ConvTranspose2d(2, 2, 3)], ids=str
+)
+def test_zero_weights_give_0_not_nan(layer):
+    nn.init.zeros_(layer.weight)
+    shape = (5,) if isinstance(layer, nn.Linear) else (2, 40, 40)
+    assert norm_bounds(layer, shape).upper == 0.0
+
+
+def test_float_execution_lowers_the_margin():
+    """A margin of one rounding step of the logits is worth nothing."""
+    model = nn.Sequential(nn.Linear(1, 2)).eval()
+    model[0].weight.data = torch.tensor([[0.0], [1e-12]])
+    model[0].bias.data = torch.tensor([1.0 + 2**-23, 1.0])
+    assert float(certified_radii(model, torch.zeros(1, 1))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("layer", "true"),
+    [(nn.SiLU(), 1.09983), (nn.GELU(), 1.12890), (nn.GELU("tanh"), 1.12898), (nn.LeakyReLU(-2.0), 2.0)],
+    ids=str,
+)
+def test_slopes_of_activations_include_the_peak(layer, true):
+    assert lipschitz(nn.Sequential(layer).eval(), (3,)).upper >= true
+
+
+def test_layers_without_bias_are_accepted():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Flatten(), nn.Linear(8, 3, bias=False)).eval()
+    assert certified_radii(model, random(4, 1, 4, 4).float()).shape == (4,)
+
+
+def test_a_rule_must_be_given_by_hand():
+    with pytest.raises(ValueError, match="has a rule already"):
+        register_rule(nn.ReLU, factor=0.5)
