@@ -15,7 +15,7 @@ import click
 
 from . import __version__
 from .experiments.config import CellConfig, ConfigError, RunSpec
-from .experiments.flags import HELP, parse_settings
+from .experiments.flags import HELP, default_text, parse_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +68,7 @@ def _settings(command: Command) -> Command:
         names = [f"--{key.replace('_', '-')}"]
         if key in ("constraint", "threshold", "seed"):
             names.append(f"--{key}s")
-        command = click.option(*names, key, default=None, help=HELP[key])(command)
+        command = click.option(*names, key, default=None, help=f"{HELP[key]} [{default_text(key)}]")(command)
     return command
 
 

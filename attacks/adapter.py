@@ -81,6 +81,8 @@ class Adapter(nn.Module):
         z = self.layout.samples(images).to(self._task.x.dtype)
         if z.requires_grad:
             z.register_hook(self._task.victim.seen_gradient)  # type: ignore[no-untyped-call]
+            if self._view is precise:
+                z.register_hook(_unit_rows)  # type: ignore[no-untyped-call]
         # FAB's points turn to NaN where a gradient is 0. That is no fault of the model, which must not see them;
         # the attack cannot use such a point either, and `Task.admit` drops it.
         logits = self._task.victim.logits(torch.nan_to_num(z, nan=0.5, posinf=1.0, neginf=0.0))
@@ -92,6 +94,15 @@ class Adapter(nn.Module):
         """Run a torchattacks attack that was built on this adapter; return points of x's shape and type."""
         images = member(self.layout.images(task.x), task.y)
         return self.layout.samples(images.detach()).to(task.x.dtype)
+
+
+def _unit_rows(gradient: Tensor) -> Tensor:  # gradient: (B, ...)
+    """Return each row at length 1: torchattacks divides by a length plus 1e-10, which stops on flat models."""
+    flat = gradient.flatten(1)
+    peak = flat.abs().amax(1, keepdim=True)
+    scaled = torch.where(peak > 0, flat / peak, 0.0)  # first by the peak, since squares of tiny entries are 0
+    size = scaled.norm(dim=1, keepdim=True)
+    return torch.where(size > 0, scaled / size, 0.0).reshape(gradient.shape)
 
 
 def plain(logits: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Victim:
         Raises:
             ValueError: if they are not a finite (B, K) tensor with K >= 2.
         """
-        logits = self.model(x)
+        logits = self.model(x.clone())  # a model may normalise its input in place, which must not move the sample
         if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"model must return logits of shape ({len(x)}, K) with K >= 2, got {got}")

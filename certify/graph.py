@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrize
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -56,6 +57,8 @@ def check_model(model: nn.Module) -> None:
         if module.training:
             raise ValueError(f"{place}: expected eval mode, got training mode; call model.eval() first")
         check_unchanged(module, place)
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        raise ValueError("expected no global forward hooks, since a hook can change what a layer computes")
     check_finite_state(model)
 
 
@@ -190,10 +193,13 @@ def check_replay(graph: Graph) -> None:
     """
     with _errors_of_shape(graph.sample):
         found = graph.model(graph.sample[:2].clone())
-    expected = graph.image[:2]
-    tolerance = _REPLAY.get(expected.dtype, 0.1)
-    largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().max() if expected.numel() else 0.0
-    if not torch.allclose(found, expected, rtol=0.0, atol=tolerance * float(largest), equal_nan=True):
+    image = graph.image.nan_to_num(0.0, 0.0, 0.0)
+    tolerance = _REPLAY.get(image.dtype, 0.1)
+    # per output: one that is large and constant, such as that of a masked class, must not hide the others' deviation
+    allowed = tolerance * (image.amax(0) - image.amin(0)) + tolerance / 100 * image.abs().amax(0)
+    deviation = (found - graph.image[:2]).abs()
+    same = (found == graph.image[:2]) | (found.isnan() & graph.image[:2].isnan())
+    if not bool((same | (deviation <= allowed)).all()):
         raise ValueError(
             "the model: expected its traced graph to give the same outputs; a tensor in use is changed in place, or a "
             "sample's output depends on the other samples of its batch"

@@ -204,6 +204,8 @@ def _forward_reindex(call: Call) -> LinearMap:
 
 def _reshape(call: Call) -> LinearMap:
     shape = call.out_shape
+    if any(isinstance(value, torch.dtype) for value in (*call.args, *call.kwargs.values())):
+        raise ValueError(f"{call.place}: expected a new shape, got a new type for the same bits")
     return _reindex(lambda x: x.reshape(x.shape[0], *shape), call)
 
 
@@ -260,6 +262,9 @@ def _gelu(call: Call, norm: str) -> float:
 
 def _softplus(call: Call, norm: str) -> float:
     threshold = _module(call).threshold if call.module is not None else call.argument(1, "threshold", 20)
+    beta = _module(call).beta if call.module is not None else call.argument(0, "beta", 1)
+    if beta < 0.1:
+        raise ValueError(f"{call.place}: expected a softplus beta >= 0.1, got {beta}: the jump at the threshold grows")
     if threshold < 20:
         raise ValueError(
             f"{call.place}: expected a softplus threshold >= 20, got {threshold}: below, the function jumps"

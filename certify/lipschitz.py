@@ -157,8 +157,10 @@ def _pairwise(place: Place, constant: float, shape: tuple[int, ...], norm: str) 
         slack = CANCELLATION * (
             magnitude(place.operator, norm) if place.operator.composite else float(rows.abs().sum(1).max())
         )
-    differences = torch.stack([torch.linalg.vector_norm(rows - row, ord=_DUAL[norm], dim=1) for row in rows])
-    pairwise = constant * (differences * (1 + SAFETY) + slack) * (1 + SAFETY)
+    scale = float(rows.abs().max()) or 1.0  # against underflow of squares
+    scaled = rows / scale
+    differences = torch.stack([torch.linalg.vector_norm(scaled - row, ord=_DUAL[norm], dim=1) for row in scaled])
+    pairwise = constant * (differences * scale * (1 + SAFETY) + slack) * (1 + SAFETY)
     return pairwise.fill_diagonal_(0.0)
 
 

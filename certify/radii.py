@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from .execution import RELATIVE_ROUNDING, logits_of, rounding_allowance
 from .graph import check_model
 from .lipschitz import LipschitzBound, lipschitz
-
-# Allowance for the rounding of the executed network's logits, relative to the largest of them. A later version bounds
-# it layer by layer; float64 networks use the same share of their own precision.
-_LOGIT_ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-2, torch.bfloat16: 2e-1}
 
 
 def certified_radii(
@@ -44,47 +40,27 @@ def certified_radii(
     elif bound.input_shape not in ((), tuple(x.shape[1:])):
         raise ValueError(f"bound: expected one for inputs {tuple(x.shape[1:])}, got one for {bound.input_shape}")
     check_model(model)
-    logits = _logits(model, x, batch_size)
-    return radii_from_logits(logits, logits.argmax(1) if y is None else y, bound.pairwise)
-
-
-@torch.no_grad()
-def _logits(model: nn.Module, x: Tensor, batch_size: int) -> Tensor:
-    if x.numel() == 0:
-        raise ValueError("x: expected at least one sample, got none")
-    if not all(bool(torch.isfinite(end)) for end in x.aminmax()):  # one pass; NaN goes through both ends
-        raise ValueError("x: expected finite inputs; got NaN or infinity")
-    with _full_precision(x.device):
-        return torch.cat([model(part) for part in x.split(batch_size)])  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No TF32 and no autocast, whose rounding the allowance does not cover; the settings are restored."""
-    product, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(product)
-        torch.backends.cudnn.allow_tf32 = convolution
+    logits = logits_of(model, x, batch_size)
+    allowance = rounding_allowance(model, x, logits)
+    return radii_from_logits(logits, logits.argmax(1) if y is None else y, bound.pairwise, allowance)
 
 
 def radii_from_logits(
     logits: Tensor,  # [B, K]
     y: Tensor,  # [B] int64
     pairwise: Tensor,  # [K, K]
+    allowance: Tensor | None = None,  # [B, 1] float64
 ) -> Tensor:  # [B] float64
     """The radius of each row: min over j != y of margin / pairwise bound, 0 where the margin is not positive.
 
-    A pair whose bound is 0 never changes its order: it does not limit the radius, which may then be infinite.
+    A pair whose bound is 0 never changes its order: it does not limit the radius, which may then be infinite. Margins
+    are lowered by `allowance` for the rounding of the network that gave the logits (see `rounding_allowance`); where it
+    is None, by a share of the largest logit that suits the logits' type and a well-scaled network.
 
     Raises:
         ValueError: NaN or infinite logits, shapes that do not fit, labels outside 0..K-1.
     """
-    radii: Tensor = _pair_radii(logits, y, pairwise).amin(1).clamp_min(0.0)
+    radii: Tensor = _pair_radii(logits, y, pairwise, allowance).amin(1).clamp_min(0.0)
     return radii
 
 
@@ -97,11 +73,11 @@ def limiting_classes(
     return _pair_radii(logits, y, pairwise).argmin(1)
 
 
-def _pair_radii(logits: Tensor, y: Tensor, pairwise: Tensor) -> Tensor:
+def _pair_radii(logits: Tensor, y: Tensor, pairwise: Tensor, allowance: Tensor | None = None) -> Tensor:
     """Margin over pairwise bound, [B, K] float64; infinite in column y."""
     _check(logits, y, pairwise.shape[0])
     y = y.to(logits.device, torch.int64)
-    margins = lowered_margins(logits, y)
+    margins = _lowered_margins(logits, y, allowance)
     constants = pairwise.to(logits.device)[y]
     radii = torch.where(constants > 0, margins / constants, torch.where(margins > 0, torch.inf, 0.0))
     return radii.scatter(1, y[:, None], torch.inf)
@@ -118,13 +94,11 @@ def _check(logits: Tensor, y: Tensor, classes: int) -> None:
         raise ValueError(f"y: expected labels 0..{classes - 1}, got {int(y.min())}..{int(y.max())}")
 
 
-def lowered_margins(
-    logits: Tensor,  # [B, K]
-    y: Tensor,  # [B]
-) -> Tensor:  # [B, K] float64
-    """f_y - f_j in float64, less the allowance for rounding; entry y of each row means nothing."""
+def _lowered_margins(logits: Tensor, y: Tensor, allowance: Tensor | None) -> Tensor:
+    """f_y - f_j in float64, [B, K], less the allowance for rounding; entry y of each row means nothing."""
     exact = logits.double()
-    allowance = _LOGIT_ROUNDING.get(logits.dtype, 2e-1) * exact.abs().amax(1, keepdim=True)
+    if allowance is None:
+        allowance = RELATIVE_ROUNDING.get(logits.dtype, 2e-1) * exact.abs().amax(1, keepdim=True)
     return exact.gather(1, y[:, None]) - exact - allowance
 
 

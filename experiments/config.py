@@ -62,17 +62,15 @@ _BASELINE_SETTINGS: dict[str, dict[str, Any]] = {
 DEFAULTS: dict[str, dict[str, Any]] = {
     "digits": {},
     "mnist": {
-        "model": "convnet-4c3f",
         "loss_eps": 1.58,
-        "epochs": 20,
+        "epochs": 10,
         "batch_size": 256,
-        "eps": (0.5, 1.0, 1.58),
+        "eps": (0.3, 1.0, 1.58),
         "attack_samples": 1000,
     },
     "fashion-mnist": {
-        "model": "convnet-4c3f",
         "loss_eps": 0.5,
-        "epochs": 20,
+        "epochs": 10,
         "batch_size": 256,
         "eps": (0.25, 0.5, 1.0),
         "attack_samples": 1000,

@@ -85,7 +85,7 @@ class LiveRun:
         self._console.out(text, highlight=False)
 
     def _view(self) -> Group:
-        return Group(self._table(), self._bars)
+        return Group(self._bars, self._table())
 
     def _table(self) -> Table:
         table = Table(title="cells", title_justify="left")

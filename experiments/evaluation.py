@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attacks import attack, is_minimum_norm
 from ..certify import NORMS, LipschitzBound, certified_accuracy, lipschitz, radii_from_logits
+from ..certify.execution import logits_of, rounding_allowance
 from ..certify.graph import floating_like
 from ..certify.radii import limiting_classes
 from .config import CellConfig
@@ -109,7 +110,8 @@ def _with_lower(model: nn.Module, config: CellConfig, split: Split) -> tuple[Lip
 def _certify(
     model: nn.Module, split: Split, bounds: Mapping[str, LipschitzBound]
 ) -> tuple[pd.DataFrame, dict[str, Tensor]]:
-    logits = torch.cat([model(part) for part in torch.split(split.x, _BATCH)])
+    logits = logits_of(model, split.x)
+    allowance = rounding_allowance(model, split.x, logits)
     rivals = logits.double().scatter(1, split.y[:, None], -torch.inf).amax(1)
     own = logits.double().gather(1, split.y[:, None]).squeeze(1)
     columns: dict[str, Any] = {
@@ -118,7 +120,7 @@ def _certify(
         "prediction": logits.argmax(1).cpu().numpy(),
         "margin": (own - rivals).cpu().numpy(),
     }
-    radii = {norm: radii_from_logits(logits, split.y, bound.pairwise) for norm, bound in bounds.items()}
+    radii = {norm: radii_from_logits(logits, split.y, bound.pairwise, allowance) for norm, bound in bounds.items()}
     for norm, values in radii.items():
         columns[f"radius_{norm}"] = values.cpu().numpy()
     for norm in ("linf", "l1"):
@@ -129,10 +131,10 @@ def _certify(
 
 
 def _chosen(config: CellConfig, count: int) -> Tensor:
-    """The attacked positions: all, or a subset drawn with the cell's seed, in ascending order."""
+    """The attacked positions, ascending: all, or a subset that is the same for every cell of a data set."""
     if config.attack_samples is None or config.attack_samples >= count:
         return torch.arange(count)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(0)
     return torch.randperm(count, generator=generator)[: config.attack_samples].sort().values
 
 
@@ -244,17 +246,20 @@ def _share(flags: Tensor) -> float:
 
 
 def _tightness(radii: Tensor, chosen: Tensor, distance: Tensor) -> dict[str, float | None]:
-    """Means over samples whose distance was found: an infinite one would make the mean, and the ratio, meaningless."""
+    """Mean radii, and the ratio of radius to distance over the samples whose distance was found."""
     found = torch.isfinite(distance) & torch.isfinite(chosen)
-    mean_distance = float(distance[found].mean()) if bool(found.any()) else None
-    mean_radius = float(chosen[found].mean()) if bool(found.any()) else None
-    finite = radii[torch.isfinite(radii)]
+    mean_distance, radius_found = _mean(distance[found]), _mean(chosen[found])
     return {
-        "mean_certified_radius": float(finite.mean()) if len(finite) else None,
-        "mean_certified_radius_attacked": mean_radius,
+        "mean_certified_radius": _mean(radii[torch.isfinite(radii)]),
+        "mean_certified_radius_attacked": _mean(chosen[torch.isfinite(chosen)]),
         "mean_distance": mean_distance,
-        "tightness": mean_radius / mean_distance if mean_distance and mean_radius is not None else None,
+        "found_count": int(found.sum()),
+        "tightness": radius_found / mean_distance if mean_distance and radius_found is not None else None,
     }
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean()) if len(values) else None
 
 
 def _with_attacks(samples: pd.DataFrame, attacked: _Attacked) -> pd.DataFrame:

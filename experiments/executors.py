@@ -87,6 +87,7 @@ class LocalExecutor(Executor):
                     for k, cell in enumerate(cells)
                 }
             yield from _drain(futures, inbox)
+            pool.shutdown()  # all are done: workers that leave by themselves release what they hold
         finally:
             _stop(pool)
 

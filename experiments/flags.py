@@ -6,16 +6,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .config import CellConfig, ConfigError
+from .config import DEFAULTS, CellConfig, ConfigError, RunSpec
 
-__all__ = ["HELP", "parse_settings"]
+__all__ = ["HELP", "default_text", "parse_settings"]
 
 HELP = {
     "dataset": "digits, mnist, fashion-mnist, cifar10, a path to an .npz file, or module:function",
     "model": "mlp, convnet-4c3f, convnet-6c2f, lipconvnet, liresnet, or module:function",
     "width": "neurons or channels of the model's layers",
     "depth": "hidden layers or blocks of the model",
-    "activation": "maxmin, groupsort, householder, abs, relu, leaky-relu, tanh, sigmoid, softplus, gelu, silu",
+    "activation": "abs, gelu, groupsort, householder, identity, leaky-relu, maxmin, relu, sigmoid, silu, "
+    "softplus, tanh",
     "normalise": "first layer of the model: none, center (subtract the mean) or standard (divide by the deviation too)",
     "constraint": "cap, clip, orthogonal, orthogonal-bjorck, orthogonal-projected, penalty, none, weight-decay, "
     "gradient-clip; or several",
@@ -48,6 +49,22 @@ HELP = {
 }
 _LISTS = ("constraint", "threshold", "seed", "eps", "attacks")
 _TYPES = {field.name: str(field.type) for field in dataclasses.fields(CellConfig)}
+
+
+def default_text(key: str) -> str:
+    """A field's default in words, and what single data sets have instead."""
+    grid = {"constraint": RunSpec().constraints, "threshold": RunSpec().thresholds, "seed": RunSpec().seeds}
+    values = {"": grid.get(key, CellConfig.__dataclass_fields__[key].default)}
+    values |= {f" for {name}": defaults[key] for name, defaults in DEFAULTS.items() if key in defaults}
+    return "; ".join(f"{_shown(value)}{where}" for where, value in values.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(_shown(part) for part in value)
+    if value is None:
+        return "unset"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def parse_settings(flags: Mapping[str, str | None]) -> dict[str, Any]:

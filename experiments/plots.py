@@ -64,7 +64,7 @@ class _Samples:
     def certified(self, eps: _Floats) -> _Floats:
         """Share certified at each eps."""
         positive = np.sort(self.radius[self.radius > 0])
-        return (len(positive) - np.searchsorted(positive, eps, side="left")) / len(self.radius)
+        return (len(positive) - np.searchsorted(positive, eps, side="right")) / len(self.radius)
 
     def observed(self, eps: _Floats) -> _Floats:
         """Share with no adversarial example found within each eps; NaN where none was searched for."""
@@ -128,7 +128,7 @@ def plot_accuracy_over_eps(runs: Runs, *, eps_max: float | None = None) -> "Figu
         axes.set(xlim=(0, end), ylim=(0, 102), ylabel="accuracy (%)")
         axes.set_xlabel(f"perturbation size ε ({_NORMS[norm]}, input units)")
 
-    handles = [*_series_handles(panels), _line("certified", "black"), _line("under attack", "black", style=_DASHED)]
+    handles = [*_series_handles(panels), _line("certified", "0.5"), _line("under attack", "0.5", style=_DASHED)]
     return _figure(panels, draw, handles)
 
 
@@ -199,7 +199,7 @@ def plot_radius_against_distance(runs: Runs) -> "Figure":
         axes.set(xlim=(0, right), ylim=(0, top), xlabel=f"certified radius ({_NORMS[norm]}, input units)")
         axes.set_ylabel("smallest distance found")
 
-    handles = [*_series_handles(panels, points=True), _line("none may lie below", "black")]
+    handles = [*_series_handles(panels, points=True), _line("distance = radius", "black")]
     handles += [_line("attacks failed", "0.4", style="", marker="^")] if np.isinf(distances).any() else []
     if any((radius > distance).any() for radius, distance in used.values()):
         handles.append(_line("certificate broken", _BROKEN, style="", marker="x"))

@@ -68,7 +68,8 @@ def open_model(
     if checkpoint is not None:
         load_checkpoint(model, checkpoint)
     config = RunSpec.from_mapping({"dataset": dataset, "model": name, "constraint": "none"}).cells()[0]
-    return Opened(model.to(device).eval(), data, config, name)
+    shown = name if checkpoint is not None else f"{name} with the weights that the function gave it"
+    return Opened(model.to(device).eval(), data, config, shown)
 
 
 def train_one(spec: RunSpec, output: Path, *, device: str, data_root: Path | None, console: Console) -> RunFolder:

@@ -42,7 +42,6 @@ _HEADERS = {
     "worst_case_accuracy": "worst case",
 }
 _LATEX = str.maketrans({"±": r"$\pm$", "∞": r"$\infty$", _MISSING: "--", "ε": r"$\varepsilon$"})
-_PAGE_WIDTH = 100  # characters of a block in a file
 
 
 def collect_runs(runs: Runs) -> pd.DataFrame:
@@ -132,7 +131,7 @@ def to_markdown(table: pd.DataFrame) -> str:
     from tabulate import tabulate
 
     parts = []
-    for block in _blocks(table):
+    for block in _blocks(table, math.inf):
         rows = [[cell.replace("|", "\\|") for cell in row] for row in block.rows]
         text = tabulate(rows, block.headers, "github", disable_numparse=True, colalign=block.align)
         parts.append(f"**{block.title}**\n\n{text}\n")
@@ -144,7 +143,7 @@ def to_latex(table: pd.DataFrame) -> str:
     from tabulate import tabulate
 
     parts = []
-    for block in _blocks(table):
+    for block in _blocks(table, math.inf):
         text = tabulate(block.rows, block.headers, "latex_booktabs", disable_numparse=True, colalign=block.align)
         title = re.sub(r"([%_&#])", r"\\\1", block.title)
         parts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{title}}}\n{text}\n\\end{{table}}\n")
@@ -224,7 +223,7 @@ def _status(group: pd.DataFrame) -> str:
     return ", ".join(f"{count}{of} {name}" if of else name for name, count in counts.items() if count)
 
 
-def _blocks(table: pd.DataFrame, width: int = _PAGE_WIDTH) -> list[_Block]:
+def _blocks(table: pd.DataFrame, width: float) -> list[_Block]:
     """Cut the columns into accuracy and bounds, distances, and one block an eps, each with the rows' labels."""
     constant = [name for name in _NAMES if table[name].nunique(dropna=False) == 1]
     setting = ", ".join(_text(table[name].iloc[0]) for name in constant)
@@ -236,7 +235,7 @@ def _blocks(table: pd.DataFrame, width: int = _PAGE_WIDTH) -> list[_Block]:
     subset = bool((table["attacked_count"] < table["test_count"]).any())
     groups = {
         "accuracy and bounds": list(_OVERVIEW),
-        "means in input units, tightness = radius / distance": list(_DISTANCES),
+        "means in input units": list(_DISTANCES),
     }
     for metric in columns[start:]:
         _, _, key = metric.partition("_eps_")
@@ -249,12 +248,12 @@ def _blocks(table: pd.DataFrame, width: int = _PAGE_WIDTH) -> list[_Block]:
     ]
 
 
-def _chunks(table: pd.DataFrame, labels: Sequence[str], metrics: Sequence[str], width: int) -> list[list[str]]:
+def _chunks(table: pd.DataFrame, labels: Sequence[str], metrics: Sequence[str], width: float) -> list[list[str]]:
     """Share the columns out so that each block, with the labels, fits the width."""
     rows = table.to_dict("records")
     used = sum(_width(label, [_text(row[label]) for row in rows]) for label in labels)
     chunks: list[list[str]] = []
-    room = 0
+    room = 0.0
     for metric in metrics:
         needed = _width(_header(metric), [_cell(row, metric) for row in rows])
         if needed > room or not chunks:

@@ -45,8 +45,8 @@ class SpectralConstraint(nn.Module, ABC):
         # the template must not hold the weight itself, which moves, is copied and is saved with the layer
         self._template = replace(template, weight=torch.empty_like(weight, device="meta"))
         self.threshold = threshold
-        self._seen: Tensor | None = None
         self._fixed: Tensor | None = None
+        self._key: tuple[Tensor, int, float] | None = None
         start = starting_vector(template.in_shape, weight.detach())
         self.register_buffer("vector", estimate_norm(replace(template, weight=weight.detach()), start, steps=20)[1])
 
@@ -68,14 +68,25 @@ class SpectralConstraint(nn.Module, ABC):
             return self.project(weight)
         return self._verified(weight.detach())
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _verified(self, weight: Tensor) -> Tensor:
-        # compared by content: writing through .data or load_state_dict leaves no other trace that can be trusted
-        seen = self._seen
-        if self._fixed is None or seen is None or seen.device != weight.device or not torch.equal(seen, weight):
-            self._fixed = self._held(self.project(weight))
-            self._seen = weight.clone()
+        if self._fixed is None or not self._is_current(weight):
+            free = weight.clone()  # a tensor made in inference mode can't be kept for later gradients
+            wide = free.float() if free.dtype in (torch.float16, torch.bfloat16) else free
+            self._fixed = self._held(self.project(wide).to(free.dtype))
+            self._key = (free, self._fixed._version, self.threshold)
         return self._fixed
+
+    def _is_current(self, weight: Tensor) -> bool:
+        """Whether the kept weight belongs to this free one, and nobody has written into it."""
+        if self._key is None or self._fixed is None:
+            return False
+        seen, version, threshold = self._key
+        if (seen.device, seen.dtype, threshold) != (weight.device, weight.dtype, self.threshold):
+            return False
+        # by content: writing through .data or load_state_dict leaves no other trace that can be trusted
+        return self._fixed._version == version and torch.equal(seen, weight)
 
     def _held(self, weight: Tensor) -> Tensor:
         """`weight`, scaled down where its bound exceeds the threshold so that its norm, after rounding, does not.
@@ -88,7 +99,9 @@ class SpectralConstraint(nn.Module, ABC):
         if upper <= self.threshold:
             return weight
         rounding = math.sqrt(operator.bounds("l1").upper * operator.bounds("linf").upper)
-        rounding *= 1.01 * torch.finfo(weight.dtype).eps
+        kind = torch.finfo(weight.dtype)
+        subnormal = math.sqrt(weight.numel()) * kind.smallest_normal  # entries near underflow are rounded absolutely
+        rounding = 1.01 * kind.eps * (rounding + subnormal * upper / self.threshold)
         return weight * (self.threshold / (upper + rounding) * (1 - SAFETY))
 
     def norm_estimate(self, weight: Tensor) -> Tensor:
@@ -259,15 +272,14 @@ def _check_layers(layers: list[tuple[str, nn.Module]], input_shape: tuple[int, .
 def _input_shapes(
     module: nn.Module, layers: list[tuple[str, nn.Module]], input_shape: tuple[int, ...] | None
 ) -> dict[str, tuple[int, ...]]:
-    """The shape that reaches each layer; the largest where a layer is used more than once."""
+    """The shape that reaches each layer; the largest per axis where a layer is used more than once."""
     if input_shape is None:
         return {name: (cast(nn.Linear, layer).in_features,) for name, layer in layers}
     shapes: dict[str, tuple[int, ...]] = {}
 
     def record(name: str, x: Tensor) -> None:
         shape = tuple(x.shape[1:])
-        if math.prod(shape) > math.prod(shapes.get(name, (0,))):
-            shapes[name] = shape
+        shapes[name] = tuple(map(max, shapes[name], shape)) if name in shapes else shape
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, args, name=name: record(name, args[0])) for name, layer in layers

@@ -165,3 +165,38 @@ def test_gpu(name: str, norm: str) -> None:
     torch.testing.assert_close(first.x_adv, second.x_adv)
     order = {"l2": 2.0, "linf": float("inf"), "l1": 1.0}[norm]
     assert (torch.linalg.vector_norm((first.x_adv.double() - x.double()).flatten(1), order, 1) <= 0.1).all()
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "ddn"])
+def test_a_model_that_changes_its_input_in_place_does_not_move_the_samples(name):
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.linear(x.sub_(0.5).div_(0.2))
+
+    model = InPlace()
+    x = torch.rand(20, 6, generator=torch.Generator().manual_seed(0))
+    kept = x.clone()
+    y = torch.zeros(20, dtype=torch.int64)
+    result = attack(model, x, y, name, norm="l2", eps=0.05)
+    assert torch.equal(x, kept)
+    assert ((result.x_adv.double() - kept.double()).norm(dim=1) <= 0.05).all()
+    assert torch.equal(model(result.x_adv.clone()).argmax(1) != y, result.success)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-20])
+def test_pgd_is_as_strong_on_flat_models(scale):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    x = torch.rand(100, 8, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(1)
+    expected = attack(model, x, y, "pgd", norm="l2", eps=0.3).accuracy
+    assert expected < 0.9
+    with torch.no_grad():
+        model[2].weight.mul_(scale)
+        model[2].bias.mul_(scale)
+    assert attack(model, x, y, "pgd", norm="l2", eps=0.3).accuracy <= expected + 0.02

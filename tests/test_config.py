@@ -157,7 +157,7 @@ def test_grid_is_ordered_and_baselines_come_once_a_seed():
 def test_a_set_value_wins_over_the_baseline_and_the_data_set():
     spec = RunSpec.from_mapping({"dataset": "mnist", "constraint": "gradient-clip", "gradient_clip": 3, "epochs": 2})
     (cell,) = spec.cells()
-    assert (cell.gradient_clip, cell.epochs, cell.model) == (3.0, 2, DEFAULTS["mnist"]["model"])
+    assert (cell.gradient_clip, cell.epochs, cell.eps) == (3.0, 2, DEFAULTS["mnist"]["eps"])
 
 
 @pytest.mark.parametrize("dataset", DEFAULTS)

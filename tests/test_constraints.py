@@ -292,3 +292,34 @@ def test_a_constraint_of_ones_own_needs_one_method():
     rule = Halved(layer, (4,), threshold=0.2)
     nn.utils.parametrize.register_parametrization(layer, "weight", rule)
     assert true_norm(layer.eval(), (4,)) <= 0.2 + 1e-12
+
+
+@pytest.mark.parametrize("change", ["written into", "threshold", "dtype", "inference"])
+def test_the_kept_weight_is_made_anew_when_it_no_longer_fits(change):
+    layer = nn.Linear(5, 5)
+    with torch.no_grad():
+        layer.weight.mul_(20)
+    constrain(layer, 1.0, "cap").eval()
+    x, limit = torch.randn(2, 5), 1.0
+    if change == "inference":
+        with torch.inference_mode():
+            layer(x)
+        x.requires_grad_()
+        layer(x).sum().backward()
+    elif change == "written into":
+        with torch.no_grad():
+            layer.weight.mul_(3)
+    elif change == "threshold":
+        layer(x)
+        layer.parametrizations.weight[0].threshold = limit = 0.5
+    else:
+        layer(x)
+        layer.double()(x.double())
+    assert float(torch.linalg.matrix_norm(layer.weight.double(), 2)) <= limit * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("constraint", HARD)
+def test_half_precision_models_work_at_eval_under_every_constraint(constraint):
+    layer = constrain(nn.Linear(6, 4), 1.0, constraint).to(torch.bfloat16).eval()
+    assert layer(torch.randn(3, 6, dtype=torch.bfloat16)).isfinite().all()
+    assert float(torch.linalg.matrix_norm(layer.weight.double(), 2)) <= 1.0 + 1e-12

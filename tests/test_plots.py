@@ -73,7 +73,7 @@ def test_curves_are_the_shares_of_the_attacked_samples(tmp_path):
     (axes,) = plot_accuracy_over_eps(tmp_path, eps_max=0.8).axes
     certified, observed = axes.lines
     for eps, y in zip(*certified.get_data(), strict=True):
-        assert y == pytest.approx(100 * sum(r >= eps and r > 0 for r in RADIUS[:8]) / 8)
+        assert y == pytest.approx(100 * sum(r > eps for r in RADIUS[:8]) / 8)
     for eps, y in zip(*observed.get_data(), strict=True):
         assert y == pytest.approx(100 * sum(d > eps for d in DISTANCE[:8]) / 8)
     assert certified.get_linestyle() == "-"
@@ -109,8 +109,8 @@ def test_sandwich_points_by_hand(tmp_path):
     finish(tmp_path, CellConfig(constraint="none", threshold=math.inf))
     (axes,) = plot_sandwich(tmp_path, 0.3).axes
     drawn = [np.asarray(container.lines[0].get_ydata()).tolist() for container in axes.containers[:3]]
-    # at 0.3, of eight attacked samples: 6 right; distances above 0.3: 0.4, 0.6, 0.8, inf; radii of 0.3 or more: 3
-    assert drawn == [[75.0, 75.0], [50.0, 50.0], [37.5, 37.5]]
+    # at 0.3, of eight attacked samples: 6 right; distances above 0.3: 0.4, 0.6, 0.8, inf; radii above 0.3: 2
+    assert drawn == [[75.0, 75.0], [50.0, 50.0], [25.0, 25.0]]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "∞", "none"]
 
 
@@ -119,10 +119,10 @@ def test_sandwich_error_bars_are_the_deviation_over_seeds(tmp_path):
     finish(tmp_path, CellConfig(seed=1), radius=[0.0] * 8 + [0.9] * 2)
     (axes,) = plot_sandwich(tmp_path, 0.3).axes
     certified = axes.containers[2]
-    assert certified.lines[0].get_ydata()[0] == pytest.approx(37.5 / 2)
+    assert certified.lines[0].get_ydata()[0] == pytest.approx(25 / 2)
     (bar,) = certified.lines[2]
     low, high = bar.get_segments()[0][:, 1]
-    assert (high - low) / 2 == pytest.approx(37.5 / math.sqrt(2))
+    assert (high - low) / 2 == pytest.approx(25 / math.sqrt(2))
 
 
 @pytest.mark.parametrize("eps", [-0.1, math.nan, math.inf])

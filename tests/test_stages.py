@@ -265,10 +265,12 @@ def train_here(grid, output, shown=None):
     return train_one(grid, output, device="cpu", data_root=None, console=shown or console())
 
 
-def test_training_alone_keeps_the_model_and_nothing_else(tmp_path, finished):
+def test_training_alone_keeps_the_model_and_what_a_run_goes_on_from(tmp_path, finished):
     shown = console(30)
     folder = train_here(spec(), tmp_path, shown)
-    assert {path.name for path in folder.path.iterdir()} == {"config.json", "checkpoint.safetensors", "history.parquet"}
+    assert {path.name for path in folder.path.iterdir()} == {
+        *("config.json", "checkpoint.safetensors", "history.parquet", "resume.pt")
+    }
     assert folder.checkpoint_path.read_bytes() == finished[0].checkpoint_path.read_bytes()
     assert text(shown).splitlines()[0] == "training"
     assert text(shown).splitlines()[-1].endswith(f"; checkpoint in {folder.path}") or "best epoch" in text(shown)

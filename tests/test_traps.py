@@ -237,3 +237,51 @@ def test_layers_without_bias_are_accepted():
 def test_a_rule_must_be_given_by_hand():
     with pytest.raises(ValueError, match="has a rule already"):
         register_rule(nn.ReLU, factor=0.5)
+
+
+def test_alias_changed_in_place_beside_a_large_constant_logit_is_refused():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            with torch.no_grad():
+                self.last.bias[2] = -1e4
+
+        def forward(self, x):
+            a = self.first(x)
+            b = a
+            a += self.second(x)
+            return self.last(b)
+
+    with pytest.raises(ValueError, match="in place"):
+        lipschitz(Masked().eval(), (4,))
+
+
+def test_bits_read_as_another_type_are_refused():
+    class Recast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x).half().view(torch.bfloat16)
+
+    with pytest.raises(ValueError, match=r"view|half"):
+        lipschitz(Recast().eval(), (4,))
+
+
+def test_global_hooks_are_refused():
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: output * 10)
+    try:
+        with pytest.raises(ValueError, match="global forward hooks"):
+            lipschitz(nn.Sequential(nn.Linear(3, 3)).eval(), (3,))
+    finally:
+        handle.remove()
+
+
+def test_tiny_last_rows_do_not_underflow_in_the_pairs():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).double().eval()
+    with torch.no_grad():
+        model[2].weight.copy_(torch.tensor([[1e-170, 0, 0], [-1e-170, 0, 0]], dtype=torch.float64))
+    first = float(torch.linalg.matrix_norm(model[0].weight.detach(), 2))
+    assert float(lipschitz(model, (3,)).pairwise[0, 1]) >= 2e-170 * first
