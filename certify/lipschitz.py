@@ -70,7 +70,7 @@ def lipschitz(
     """Bound the Lipschitz constants of a network's logits, and of their pairwise differences.
 
     With f = A g + b, A the last affine run and g everything before, |f_i - f_j| <= Lip(g) ||A_i - A_j||_* ||x - x'||,
-    the dual norm of the row difference (rule 7); Lip(g) is the product of the norms of the affine runs and of the
+    the dual norm of the row difference; Lip(g) is the product of the norms of the affine runs and of the
     factors of the other operations, sums for residual branches, roots of squares for concatenations. For linf and l1
     each pair takes the smaller of that product in its own norm and of norm equivalence, ||d||_2 <= sqrt(n) ||d||_inf
     and ||d||_2 <= ||d||_1, times the l2 bound.

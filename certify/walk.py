@@ -91,7 +91,10 @@ class Walk:
             return self._concat(node)
         rule = rule_for(operation, self._name(node), self._title(node, operation))
         if len(inputs) != 1 or sum(arg is inputs[0] for arg in (*node.args, *node.kwargs.values())) != 1:
-            raise ValueError(f"{self._name(node)}: {self._title(node, operation)} has a rule for one tensor input only")
+            raise ValueError(
+                f"{self._name(node)}: {self._title(node, operation)} has a rule for one tensor input only; write "
+                "it as a module of your own and register that one's rule with speccert.certify.register_rule"
+            )
         call = self._call(node, inputs[0], operation)
         if rule.linear is not None:
             return self._extend(self._places[inputs[0]], rule.linear(call), call.place, self._graph.shapes[node])

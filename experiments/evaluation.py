@@ -195,7 +195,7 @@ def _distances(attacked: _Attacked) -> dict[str, Tensor]:
 
 
 def _check_witness(attacked: _Attacked, radii: Mapping[str, Tensor]) -> None:
-    """Raise where an adversarial point lies inside a certified ball, in whatever norm (soundness rule 10)."""
+    """Raise where an adversarial point lies inside a certified ball, in whatever norm."""
     for norm, distance in _distances(attacked).items():
         radius = radii[norm][attacked.index]
         broken = (distance < radius).nonzero().squeeze(1)
