@@ -52,12 +52,15 @@ def test_random_points_inside_the_radius_of_a_linear_model_keep_the_class(wide):
     normal = (model.linear.weight[0] - model.linear.weight[1]).detach().double()
     x = uniform(300, 50)
     margin = (model.linear.weight.double() @ x.double().T + model.linear.bias.double()[:, None]).T.detach()
-    # onto the decision boundary, up to float32: margins are then all rounding
-    x = (x.double() - ((margin[:, 0] - margin[:, 1]) / normal.square().sum())[:, None] * normal).float()
+    # to within 1e-4 of the decision boundary, where rounding is a good part of the margin
+    beside = torch.linspace(0, 1e-4, 300, dtype=torch.float64) / normal.norm()
+    x = (x.double() + (beside - (margin[:, 0] - margin[:, 1]) / normal.square().sum())[:, None] * normal).float()
     y = model(x).argmax(1)
     radii = certified_radii(model, x, y)
+    assert (radii > 0).sum() >= 100
     for seed in range(20):
         noise = torch.randn(300, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noise = noise - 30 * (normal / normal.norm()) * (1 - 2.0 * y.double())[:, None]  # mostly towards the boundary
         inside = x.double() + noise / noise.norm(dim=1, keepdim=True) * radii[:, None] * 0.999
         moved = inside.float()
         kept = (moved.double() - x.double()).norm(dim=1) < radii
