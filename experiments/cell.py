@@ -109,7 +109,8 @@ def run_cell(
         raise CertificateViolationError(f"{error}; saved in {path}", error.example) from error
     report(Progress(folder.id, "step time", 1.0))
     folder.write_samples(found.samples)
-    folder.write_summary(found.results | _training_results(trained) | _timing(config, data, device) | _machine(device))
+    ratio = {"step_ratio": step_ratio(config, data, device=device)}
+    folder.write_summary(found.results | _training_results(trained) | ratio | _machine(device))
     forget(folder.path, config)
     return folder.read_summary()
 
@@ -133,10 +134,6 @@ def _training_results(trained: TrainResult) -> dict[str, Any]:
         "diverged": trained.diverged,
         "status": trained.status,
     }
-
-
-def _timing(config: CellConfig, data: Dataset, device: str) -> dict[str, Any]:
-    return {"step_ratio": step_ratio(config, data, device=device)}
 
 
 def _defined(value: float) -> float | None:

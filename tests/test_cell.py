@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import TINY
 
 from speccert import __version__
 from speccert.certify import certified_radii
@@ -14,16 +15,6 @@ from speccert.experiments.cell import cell_data, check_cell, load_model, run_cel
 from speccert.experiments.config import CellConfig, config_id
 from speccert.experiments.evaluation import CertificateViolationError
 from speccert.experiments.store import RunFolder, StoreError, save_checkpoint
-
-TINY = {
-    "width": 16,
-    "epochs": 2,
-    "train_samples": 300,
-    "test_samples": 60,
-    "attack_samples": 20,
-    "attacks": ("fgsm", "ddn"),
-    "loss": "cross-entropy",
-}
 
 
 def tiny(**settings):

@@ -3,6 +3,7 @@ import math
 import sys
 
 import pytest
+import tiny
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -17,16 +18,7 @@ from speccert.experiments.evaluation import CertificateViolationError
 from speccert.experiments.stages import attack_one, bound_one, open_model, train_one
 from speccert.experiments.store import RunFolder, StoreError, save_checkpoint
 
-TINY = {
-    "width": 16,
-    "epochs": 2,
-    "train_samples": 300,
-    "test_samples": 60,
-    "attack_samples": 20,
-    "attacks": ("fgsm", "ddn"),
-    "loss": "cross-entropy",
-    "seed": 3,
-}
+TINY = {**tiny.TINY, "seed": 3}
 MODELS = """
 import torch
 from torch import nn

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -22,16 +23,7 @@ from speccert.experiments.evaluation import CertificateViolationError
 from speccert.experiments.store import RunFolder, StoreError, lock_output
 from speccert.experiments.sweep import CellError, check_device, write_results
 
-TINY = {
-    "width": 16,
-    "epochs": 2,
-    "train_samples": 300,
-    "test_samples": 60,
-    "attack_samples": 20,
-    "attacks": ["fgsm", "ddn"],
-    "loss": "cross-entropy",
-    "thresholds": [1.0],
-}
+TINY = {**tiny.TINY, "thresholds": [1.0]}
 TIMES = {"evaluate_s", "train_s", "step_s", "step_ratio"}
 KILLED = """
 import os, signal, sys
