@@ -1,4 +1,4 @@
-"""Settings given as text, on the command line: one flag a field of `CellConfig`."""
+"""Settings given as text, on the command line: one flag a field of `CellConfig`, and one for presets."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .config import DEFAULTS, CellConfig, ConfigError, RunSpec
+from .config import CellConfig, ConfigError
+from .presets import DEFAULT_THRESHOLDS, DEFAULTS, PRESETS
+from .spec import LISTS
 
 __all__ = ["HELP", "default_text", "parse_settings"]
 
 HELP = {
+    "preset": f"settings under a name: {', '.join(PRESETS)}, or one of the spec file; they win over the file",
     "dataset": "digits, mnist, fashion-mnist, cifar10, a path to an .npz file, or module:function",
     "model": "mlp, convnet-4c3f, convnet-6c2f, lipconvnet, liresnet, or module:function",
     "width": "neurons or channels of the model's layers",
@@ -19,9 +22,9 @@ HELP = {
     "softplus, tanh",
     "normalise": "first layer of the model: none, center (subtract the mean) or standard (divide by the deviation too)",
     "constraint": "cap, clip, orthogonal, orthogonal-bjorck, orthogonal-projected, penalty, none, weight-decay, "
-    "gradient-clip; or several",
-    "threshold": "spectral norm that each layer is held to, above 0 or inf; or several, e.g. 0.5,1,2,inf",
-    "seed": "seed of weights, data order and splits; or several",
+    "gradient-clip",
+    "threshold": "spectral norm that each layer is held to, above 0 or inf, e.g. 0.5,1,2,inf",
+    "seed": "seed of weights, data order and splits",
     "loss": "cross-entropy, margin, offset-ce, gloro or emma",
     "loss_eps": "radius that the loss asks for, in raw input units",
     "loss_offset": "further margin that the loss asks for, in logit units",
@@ -47,14 +50,14 @@ HELP = {
     "bound": "method of the Lipschitz bound: product",
     "checkpoint": "weights to start from, a .safetensors or weights-only torch file",
 }
-_LISTS = ("constraint", "threshold", "seed", "eps", "attacks")
-_TYPES = {field.name: str(field.type) for field in dataclasses.fields(CellConfig)}
+_ALWAYS_LISTS = ("constraint", "threshold", "seed", *LISTS)  # given as a list, even one of one value
+_TYPES = {"preset": "str", **{field.name: str(field.type) for field in dataclasses.fields(CellConfig)}}
 
 
 def default_text(key: str) -> str:
-    """A field's default in words, and what single data sets have instead."""
-    grid = {"constraint": RunSpec().constraints, "threshold": RunSpec().thresholds, "seed": RunSpec().seeds}
-    values = {"": grid.get(key, CellConfig.__dataclass_fields__[key].default)}
+    """A setting's default in words, and what single data sets have instead."""
+    fields = {field.name: field.default for field in dataclasses.fields(CellConfig)}
+    values = {"": {**fields, "threshold": DEFAULT_THRESHOLDS, "preset": None}[key]}
     values |= {f" for {name}": defaults[key] for name, defaults in DEFAULTS.items() if key in defaults}
     return "; ".join(f"{_shown(value)}{where}" for where, value in values.items())
 
@@ -70,6 +73,9 @@ def _shown(value: Any) -> str:
 def parse_settings(flags: Mapping[str, str | None]) -> dict[str, Any]:
     """The settings that were given (not None), each turned into its field's type.
 
+    Commas separate the values that a setting spans, those of eps and attacks the items of their one value. A
+    checkpoint is one path, commas or not.
+
     Raises:
         ConfigError: a text that is no number where one is expected; all such are named in one line.
     """
@@ -79,7 +85,8 @@ def parse_settings(flags: Mapping[str, str | None]) -> dict[str, Any]:
         if text is None:
             continue
         try:
-            settings[key] = [_value(key, part) for part in text.split(",")] if key in _LISTS else _value(key, text)
+            values = [_value(key, part) for part in ([text] if key == "checkpoint" else text.split(","))]
+            settings[key] = values if key in _ALWAYS_LISTS or len(values) > 1 else values[0]
         except ValueError:
             problems.append(f"{key} = {text!r}: expected {'integers' if 'int' in _TYPES[key] else 'numbers'}")
     if problems:
@@ -90,6 +97,8 @@ def parse_settings(flags: Mapping[str, str | None]) -> dict[str, Any]:
 def _value(key: str, text: str) -> Any:
     text = text.strip()
     kind = _TYPES[key]
+    if text == "unset" and "None" in kind:
+        return None
     if "int" in kind:
         return int(text)
     if "float" in kind:

@@ -1,13 +1,15 @@
 import dataclasses
+import itertools
 
 import pytest
 
-from speccert.experiments.config import CellConfig, ConfigError, RunSpec
-from speccert.experiments.flags import HELP, parse_settings
+from speccert.experiments.config import CellConfig, ConfigError
+from speccert.experiments.flags import HELP, default_text, parse_settings
+from speccert.experiments.spec import RunSpec
 
 
 def test_every_setting_has_a_flag_with_help():
-    assert list(HELP) == [field.name for field in dataclasses.fields(CellConfig)]
+    assert list(HELP) == ["preset", *(field.name for field in dataclasses.fields(CellConfig))]
     assert all(HELP.values())
 
 
@@ -26,6 +28,15 @@ def test_every_setting_has_a_flag_with_help():
         ({"eps": "36/255,0.3"}, {"eps": ["36/255", 0.3]}),
         ({"attacks": "fgsm, ddn"}, {"attacks": ["fgsm", "ddn"]}),
         ({"epochs": None, "lr": None}, {}),
+        ({"model": "mlp, convnet-4c3f"}, {"model": ["mlp", "convnet-4c3f"]}),
+        ({"lr": "1e-3,1/300"}, {"lr": [1e-3, "1/300"]}),
+        ({"epochs": "1,2"}, {"epochs": [1, 2]}),
+        ({"width": "unset, 64"}, {"width": [None, 64]}),
+        ({"attack_samples": "unset"}, {"attack_samples": None}),
+        ({"checkpoint": "a,b.safetensors"}, {"checkpoint": "a,b.safetensors"}),
+        ({"checkpoint": "unset"}, {"checkpoint": None}),
+        ({"preset": "quick"}, {"preset": "quick"}),
+        ({"preset": "small, big"}, {"preset": ["small", "big"]}),
     ],
 )
 def test_texts_become_their_types(flags, expected):
@@ -36,6 +47,33 @@ def test_flags_make_the_same_cell_as_values():
     flags = {"eps": "36/255, 0.5", "threshold": "2", "seed": "4", "attacks": "ddn", "loss_eps": "1/10", "epochs": "2"}
     (cell,) = RunSpec.from_mapping(parse_settings(flags)).cells()
     assert cell == CellConfig(eps=(36 / 255, 0.5), threshold=2.0, seed=4, attacks=("ddn",), loss_eps=0.1, epochs=2)
+
+
+def test_commas_span_a_grid_but_for_eps_and_attacks():
+    flags = {"model": "mlp,liresnet", "lr": "0.1,0.2,0.3", "eps": "0.1,0.2", "attacks": "pgd,ddn", "threshold": "1"}
+    cells = RunSpec.from_mapping(parse_settings(flags)).cells()
+    assert [(cell.model, cell.lr) for cell in cells] == list(itertools.product(["mlp", "liresnet"], [0.1, 0.2, 0.3]))
+    assert {(cell.eps, cell.attacks) for cell in cells} == {((0.1, 0.2), ("pgd", "ddn"))}
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("preset", "unset"),
+        ("threshold", "0.5,0.7,1,1.5,inf"),
+        ("constraint", "cap"),
+        ("seed", "0"),
+        ("width", "unset"),
+        ("epochs", "30; 10 for mnist; 10 for fashion-mnist; 60 for cifar10"),
+        ("model", "mlp; liresnet for cifar10"),
+    ],
+)
+def test_defaults_in_words(key, expected):
+    assert default_text(key) == expected
+
+
+def test_every_flag_has_a_default_in_words():
+    assert all(default_text(key) for key in HELP)
 
 
 def test_every_text_that_is_no_number_is_named_in_one_line():
