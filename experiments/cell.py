@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,17 @@ from torch import nn
 
 from .. import __version__
 from ..certify import TrainingBound
+from .checkpoints import load_checkpoint, save_checkpoint
 from .config import CellConfig
+from .contents import content_digest, contents_digest
 from .data import Dataset, load_dataset
-from .evaluation import CertificateViolationError, evaluate
+from .evaluation import CertificateViolationError, Evaluation, bounds_json, evaluate
+from .execution import Execution
 from .fitting import seeded
 from .precision import exact_float32
-from .store import RunFolder, StoreError, load_checkpoint, save_checkpoint
+from .store import RunFolder, StoreError, write_atomic
 from .timing import step_ratio
+from .tracking import make_tracker
 from .training import TrainResult, build, forget, train
 
 __all__ = ["Progress", "check_cell", "load_model", "run_cell", "train_cell"]
@@ -40,13 +46,34 @@ Report = Callable[[Progress], None]
 
 def cell_data(config: CellConfig, data_root: str | Path | None) -> Dataset:
     """The data of a cell; raises DataError where they are missing or damaged."""
-    return load_dataset(
+    return _data(
         config.dataset,
-        root=data_root,
-        seed=config.seed,
-        validation_fraction=config.validation_fraction,
-        train_samples=config.train_samples,
-        test_samples=config.test_samples,
+        data_root,
+        config.seed,
+        config.validation_fraction,
+        config.train_samples,
+        config.test_samples,
+        content_digest(config.dataset),
+    )
+
+
+@functools.lru_cache(maxsize=2)  # a worker's next cell has mostly the same data; `content` tells a changed file
+def _data(
+    name: str,
+    root: str | Path | None,
+    seed: int,
+    validation_fraction: float,
+    train_samples: int | None,
+    test_samples: int | None,
+    content: str | None,
+) -> Dataset:
+    return load_dataset(
+        name,
+        root=root,
+        seed=seed,
+        validation_fraction=validation_fraction,
+        train_samples=train_samples,
+        test_samples=test_samples,
     )
 
 
@@ -62,19 +89,29 @@ def train_cell(
     folder: RunFolder,
     *,
     device: str = "cpu",
+    ranks: int = 1,
     report: Report = lambda progress: None,
+    on_epoch: Callable[[Mapping[str, float]], None] = lambda row: None,
 ) -> TrainResult:
-    """Train a cell, or resume it, and write config, history and checkpoint to its folder."""
+    """Train a cell, or resume it, and write config, history and checkpoint to its folder.
 
-    def on_epoch(row: dict[str, float]) -> None:
+    Args:
+        ranks: processes that train it together; see `train`.
+        report: is told each epoch in words; what it raises ends the training, which can be resumed.
+        on_epoch: is given each row of the history.
+    """
+
+    def after_epoch(row: dict[str, float]) -> None:
         epoch = int(row["epoch"])
         certified = row["validation_certified_accuracy"]
         stage = f"epoch {epoch}/{config.epochs} loss {row['train_loss']:.3f} certified {100 * certified:.1f} %"
+        on_epoch(row)  # first: the epoch is kept, even where the report ends the training
         report(Progress(folder.id, stage, epoch / config.epochs))
 
     folder.create(config)
     report(Progress(folder.id, "training", 0.0))
-    result = train(config, data, folder=folder.path, device=device, on_epoch=on_epoch)
+    result = train(config, data, folder=folder.path, device=device, on_epoch=after_epoch, ranks=ranks)
+    report(Progress(folder.id, "trained", 1.0))
     folder.write_history(result.history)
     save_checkpoint(folder.checkpoint_path, result.model.state_dict())
     return result
@@ -82,37 +119,53 @@ def train_cell(
 
 def run_cell(
     config: CellConfig,
-    output: str | Path,
+    execution: Execution,
     *,
-    data_root: str | Path | None = None,
-    device: str = "cpu",
     report: Report = lambda progress: None,
 ) -> dict[str, Any]:
     """Train and evaluate one cell, write its run folder, and return its summary.
+
+    `report` is called before anything is written but the resume file; what it raises ends the cell there.
 
     Raises:
         CertificateViolationError: after saving the counterexample as counterexample.safetensors in the folder.
         ValueError: data, settings, model or files that can't be used.
     """
+    start = time.perf_counter()
     exact_float32()
-    folder = RunFolder.of(output, config)
-    data = cell_data(config, data_root)
-    trained = train_cell(config, data, folder, device=device, report=report)
+    folder = RunFolder.of(execution.output, config)
+    data = cell_data(config, execution.data_root)
+    ranks, device = execution.gpus_per_cell, execution.device.split(",")[0]
+    with make_tracker(execution.track, config, folder, str(Path(execution.output).resolve())) as tracker:
+        trained = train_cell(
+            config, data, folder, device=execution.device, ranks=ranks, report=report, on_epoch=tracker.epoch
+        )
+        found = _evaluated(trained.model, config, data, folder, report)
+        report(Progress(folder.id, "step time", 1.0))
+        results = found.results | _training_results(trained) | {"step_ratio": step_ratio(config, data, device=device)}
+        report(Progress(folder.id, "writing", 1.0))
+        folder.write_samples(found.samples)
+        write_atomic(folder.bounds_path, bounds_json(found.bounds))
+        save_checkpoint(folder.closest_path, found.closest)
+        results |= _machine(device) | {"ranks": ranks, "content": contents_digest(config)}
+        folder.write_summary(results | {"cell_s": time.perf_counter() - start})
+        forget(folder.path, config)
+        summary = folder.read_summary()
+        tracker.finish(summary)
+    return summary
+
+
+def _evaluated(model: nn.Module, config: CellConfig, data: Dataset, folder: RunFolder, report: Report) -> Evaluation:
+    """The evaluation; where it breaks a certificate, the counterexample is saved first."""
     path = folder.path / "counterexample.safetensors"
     path.unlink(missing_ok=True)
     try:
-        found = evaluate(trained.model, config, data, report=lambda stage: report(Progress(folder.id, stage, 1.0)))
+        return evaluate(model, config, data, report=lambda stage: report(Progress(folder.id, stage, 1.0)))
     except CertificateViolationError as error:
         if not error.example:
             raise
         save_checkpoint(path, error.example)
         raise CertificateViolationError(f"{error}; saved in {path}", error.example) from error
-    report(Progress(folder.id, "step time", 1.0))
-    folder.write_samples(found.samples)
-    ratio = {"step_ratio": step_ratio(config, data, device=device)}
-    folder.write_summary(found.results | _training_results(trained) | ratio | _machine(device))
-    forget(folder.path, config)
-    return folder.read_summary()
 
 
 def load_model(folder: RunFolder, data: Dataset, device: str = "cpu") -> nn.Module:
@@ -147,7 +200,15 @@ def _machine(device: str) -> dict[str, Any]:
         "torch_version": torch.__version__,
         "python_version": platform.python_version(),
         "device": device,
-        "machine": torch.cuda.get_device_name(device)
-        if cuda
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name(device) if cuda else f"{_processor()}, {torch.get_num_threads()} threads",
     }
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Run folders on disk: who owns which path, atomic writes, strict reads, and the lock on an output folder.
+"""Run folders on disk: who owns which path, atomic writes, strict reads.
 
 A run folder is named by the hash of its config. Every file is written under a temporary name, flushed to disk and
 renamed, and `summary.json` comes last: a killed job leaves no half file and no run that looks finished.
@@ -6,27 +6,20 @@ renamed, and `summary.json` comes last: a killed job leaves no half file and no 
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import math
 import os
-import pickle
-import re
-import socket
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from .config import CellConfig, ConfigError, config_id
 
-_RUN_NAME = re.compile(r"[0-9a-f]{12}")
+if TYPE_CHECKING:
+    import pandas as pd
+
 _SAMPLES_COLUMNS = ("index", "label", "prediction", "margin", "radius_l2", "attacked", "distance")
 _HISTORY_COLUMNS = ("epoch", "train_loss", "gradient_norm")
 
@@ -84,6 +77,11 @@ class RunFolder:
         return self.path / "checkpoint.safetensors"
 
     @property
+    def resume_path(self) -> Path:
+        """State of a training that goes on; absent in a finished run."""
+        return self.path / "resume.pt"
+
+    @property
     def history_path(self) -> Path:
         """A row an epoch."""
         return self.path / "history.parquet"
@@ -92,6 +90,26 @@ class RunFolder:
     def samples_path(self) -> Path:
         """A row a test sample."""
         return self.path / "samples.parquet"
+
+    @property
+    def bounds_path(self) -> Path:
+        """Brackets of the layers and of the network, in JSON."""
+        return self.path / "bounds.json"
+
+    @property
+    def closest_path(self) -> Path:
+        """The attacked samples with the nearest adversarial examples, and these."""
+        return self.path / "closest.safetensors"
+
+    @property
+    def log_path(self) -> Path:
+        """What happened, a line an event."""
+        return self.path / "log.txt"
+
+    @property
+    def failure_path(self) -> Path:
+        """The error that ended the cell, in JSON; absent where it goes on or is finished."""
+        return self.path / "failed.json"
 
     @property
     def summary_path(self) -> Path:
@@ -115,8 +133,9 @@ class RunFolder:
         """
         if config_id(cell) != self.id:
             raise StoreError(f"{self.path}: expected the config with id {self.id}, got one with id {config_id(cell)}")
-        for stale in self.path.glob(".*.tmp"):
-            stale.unlink(missing_ok=True)
+        for stale in (*self.path.glob(".*.tmp"), *self.path.glob(".probe.*")):
+            with contextlib.suppress(OSError):
+                stale.unlink(missing_ok=True)
         write_atomic(self.config_path, cell.to_json().encode())
 
     def read_config(self) -> CellConfig:
@@ -163,159 +182,21 @@ class RunFolder:
             row["threshold"] = math.inf
         return row
 
-    def write_samples(self, samples: pd.DataFrame) -> None:
+    def write_samples(self, samples: "pd.DataFrame") -> None:
         """Write a row a test sample; raises StoreError where a needed column is missing."""
         _write_parquet(self.samples_path, samples, _SAMPLES_COLUMNS)
 
-    def read_samples(self) -> pd.DataFrame:
+    def read_samples(self) -> "pd.DataFrame":
         """Read a row a test sample; raises StoreError on a missing or damaged file."""
         return _read_parquet(self.samples_path, _SAMPLES_COLUMNS)
 
-    def write_history(self, history: pd.DataFrame) -> None:
+    def write_history(self, history: "pd.DataFrame") -> None:
         """Write a row an epoch; raises StoreError where a needed column is missing."""
         _write_parquet(self.history_path, history, _HISTORY_COLUMNS)
 
-    def read_history(self) -> pd.DataFrame:
+    def read_history(self) -> "pd.DataFrame":
         """Read a row an epoch; raises StoreError on a missing or damaged file."""
         return _read_parquet(self.history_path, _HISTORY_COLUMNS)
-
-
-def find_runs(output: str | Path, ids: Collection[str] | None = None) -> pd.DataFrame:
-    """Every run in an output folder: columns `folder`, `id`, `finished`, the config fields, and all results.
-
-    Unfinished runs are rows without results. Sub-folders that neither are named as a run nor hold a config are no runs.
-
-    Args:
-        output: the output folder, or the folder of one run.
-        ids: the runs to read; all where None.
-
-    Raises:
-        StoreError: no such folder; names every damaged or foreign run folder.
-    """
-    output = Path(output)
-    if not output.is_dir():
-        raise StoreError(f"{output}: expected a folder of runs")
-    rows, problems = [], []
-    alone = (output / "config.json").exists()
-    for path in [output.resolve()] if alone else sorted(child for child in output.iterdir() if child.is_dir()):
-        folder = RunFolder(path)
-        if ids is not None and folder.id not in ids:
-            continue
-        if not _RUN_NAME.fullmatch(path.name) and not folder.config_path.exists():
-            continue
-        try:
-            rows.append({"folder": str(path), **_row(folder)})
-        except StoreError as error:
-            problems.append(str(error))
-    if problems:
-        raise StoreError("; ".join(problems))
-    return pd.DataFrame(rows, columns=None if rows else ["folder", "id", "finished"])
-
-
-def _row(folder: RunFolder) -> dict[str, Any]:
-    if not folder.config_path.exists() and not folder.summary_path.exists():
-        return {"id": folder.id, "finished": False}
-    cell = folder.read_config()
-    if folder.summary_path.exists():
-        return {"finished": True, **folder.read_summary()}
-    return {"id": folder.id, "finished": False, **dataclasses.asdict(cell)}
-
-
-@contextlib.contextmanager
-def lock_output(output: str | Path) -> Iterator[None]:
-    """Hold an output folder alone; the system lets go of it when this process ends, however it ends.
-
-    Raises:
-        StoreError: another process holds it (named by pid and host), or it cannot be locked.
-    """
-    path = Path(output) / ".lock"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        raise StoreError(f"{output}: cannot be locked ({error.strerror})") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise StoreError(f"{output}: output folder in use by {owner}") from error
-        except OSError as error:
-            raise StoreError(f"{output}: cannot be locked ({error.strerror})") from error
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
-
-
-def save_checkpoint(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Write a `state_dict` as a safetensors file, whole or not at all.
-
-    Raises:
-        StoreError: an entry that is not a tensor, or a folder that cannot be written.
-    """
-    from safetensors.torch import save
-
-    if foreign := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise StoreError(f"{path}: expected tensors only, got other values for {_some(foreign)}")
-    # Cloned, since safetensors refuses tensors that share memory.
-    write_atomic(path, save({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}))
-
-
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
-    """Fill a model with the weights in a .safetensors file, or in a torch file of a `state_dict`; never runs a pickle.
-
-    Raises:
-        StoreError: the file is missing, truncated or of another kind; weights are missing, unexpected, of another
-            shape, NaN or infinite. The model is then left as it was.
-    """
-    state = _read_state(Path(path))
-    expected = model.state_dict()
-    shared = [key for key in expected if key in state]
-    wrong = [
-        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(expected[key].shape)}"
-        for key in shared
-        if state[key].shape != expected[key].shape
-    ]
-    faults = {
-        "missing weights": [key for key in expected if key not in state],
-        "unexpected weights": sorted(key for key in state if key not in expected),
-        "shapes that differ": wrong,
-        "NaN or infinite weights": [key for key in shared if not bool(torch.isfinite(state[key]).all())],
-    }
-    if found := [f"{fault}: {_some(keys)}" for fault, keys in faults.items() if keys]:
-        raise StoreError(f"{path}: does not fit the model; {'; '.join(found)}")
-    model.load_state_dict(state)
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load(path.read_bytes())
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except SafetensorError as error:
-        raise StoreError(f"{path}: truncated or not a safetensors file ({error})") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise StoreError(
-            f"{path}: damaged, or not a torch file of model.state_dict(); pickled code is not run"
-        ) from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise StoreError(f"{path}: expected a state_dict (names to tensors), got {type(state).__name__}")
-    return dict(state)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _read_text(path: Path) -> str:
@@ -337,21 +218,23 @@ def _threshold_text(threshold: float) -> float | str:
 
 def _plain(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Results as JSON values; refuses what JSON cannot hold, so that no NaN is passed on as a number."""
-    row = {key: value.item() if isinstance(value, np.generic) else value for key, value in results.items()}
+    row = {key: value.item() if hasattr(value, "item") else value for key, value in results.items()}
     for key, value in row.items():
         if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
             raise StoreError(f"{path}: {key} = {value!r}, expected a finite number, text, true, false or None")
     return row
 
 
-def _write_parquet(path: Path, frame: pd.DataFrame, columns: tuple[str, ...]) -> None:
+def _write_parquet(path: Path, frame: "pd.DataFrame", columns: tuple[str, ...]) -> None:
     _check_columns(path, frame, columns)
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
     write_atomic(path, buffer.getvalue())
 
 
-def _read_parquet(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+def _read_parquet(path: Path, columns: tuple[str, ...]) -> "pd.DataFrame":
+    import pandas as pd
+
     try:
         frame = pd.read_parquet(path)
     except FileNotFoundError as error:
@@ -362,6 +245,6 @@ def _read_parquet(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     return frame
 
 
-def _check_columns(path: Path, frame: pd.DataFrame, columns: tuple[str, ...]) -> None:
+def _check_columns(path: Path, frame: "pd.DataFrame", columns: tuple[str, ...]) -> None:
     if missing := [column for column in columns if column not in frame.columns]:
         raise StoreError(f"{path}: columns missing: {', '.join(missing)}")

@@ -12,26 +12,33 @@ from speccert import __version__
 from speccert.certify import certified_radii
 from speccert.experiments import cell as cells
 from speccert.experiments.cell import cell_data, check_cell, load_model, run_cell, train_cell
+from speccert.experiments.checkpoints import save_checkpoint
 from speccert.experiments.config import CellConfig, config_id
 from speccert.experiments.evaluation import CertificateViolationError
-from speccert.experiments.store import RunFolder, StoreError, save_checkpoint
+from speccert.experiments.execution import Execution
+from speccert.experiments.store import RunFolder, StoreError
 
 
 def tiny(**settings):
     return CellConfig(**{**TINY, **settings})
 
 
+def into(output):
+    return Execution(output=str(output))
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("runs")
     reports = []
-    summary = run_cell(tiny(), output, report=reports.append)
+    summary = run_cell(tiny(), into(output), report=reports.append)
     return RunFolder.of(output, tiny()), summary, reports
 
 
 def test_a_run_folder_has_these_files_and_no_others(finished):
     folder, summary, _ = finished
     names = {"config.json", "checkpoint.safetensors", "samples.parquet", "history.parquet", "summary.json"}
+    names |= {"bounds.json", "closest.safetensors"}
     assert {path.name for path in folder.path.iterdir()} == names
     assert summary == folder.read_summary()
     assert folder.read_config() == tiny()
@@ -44,7 +51,16 @@ def test_the_summary_is_flat_strict_json_with_all_its_keys(finished):
     keys = {"id", "clean_accuracy", "lipschitz_upper", "lipschitz_lower", "mean_certified_radius", "mean_distance"}
     keys |= {"mean_certified_radius_attacked", "tightness", "gradient_norm", "step_s", "step_ratio", "train_s"}
     keys |= {"evaluate_s", "test_count", "attacked_count", "best_epoch", "diverged", "speccert_version"}
-    keys |= {"torch_version", "python_version", "device", "machine", *CellConfig.__dataclass_fields__}
+    keys |= {
+        "ranks",
+        "content",
+        "cell_s",
+        "torch_version",
+        "python_version",
+        "device",
+        "machine",
+        *CellConfig.__dataclass_fields__,
+    }
     for eps in ("0.1", "0.3", "0.5"):
         names = (
             "certified_accuracy",
@@ -97,14 +113,15 @@ def test_progress_goes_from_training_through_the_epochs_to_the_attacks(finished)
     assert {report.id for report in reports} == {folder.id}
     stages = [report.stage.split(" loss")[0] for report in reports]
     attacks = ["fgsm eps 0.1", "fgsm eps 0.3", "fgsm eps 0.5", "ddn"]
-    assert stages == ["training", "epoch 1/2", "epoch 2/2", "bounds", "radii", *attacks, "step time"]
-    assert [report.fraction for report in reports] == [0.0, 0.5, *[1.0] * 8]
+    ends = ["step time", "writing"]
+    assert stages == ["training", "epoch 1/2", "epoch 2/2", "trained", "bounds", "radii", *attacks, *ends]
+    assert [report.fraction for report in reports] == [0.0, 0.5, *[1.0] * 10]
 
 
 def test_a_cell_starts_from_the_weights_of_another_run(finished, tmp_path):
     folder, _, _ = finished
     start = tiny(checkpoint=str(folder.checkpoint_path), epochs=1, lr=1e-9)
-    assert run_cell(start, tmp_path)["step_ratio"] > 0
+    assert run_cell(start, into(tmp_path))["step_ratio"] > 0
     before, after = load_file(folder.checkpoint_path), load_file(RunFolder.of(tmp_path, start).checkpoint_path)
     weights = [key for key in before if key.endswith(("original", "bias"))]
     assert len(weights) == 8
@@ -112,7 +129,7 @@ def test_a_cell_starts_from_the_weights_of_another_run(finished, tmp_path):
 
 
 def test_a_training_that_diverges_is_told_and_evaluated(tmp_path):
-    summary = run_cell(tiny(optimizer="sgd", lr=1e30, constraint="none", threshold=math.inf), tmp_path)
+    summary = run_cell(tiny(optimizer="sgd", lr=1e30, constraint="none", threshold=math.inf), into(tmp_path))
     assert (summary["diverged"], summary["status"], summary["best_epoch"]) == (True, "non-finite", 0)
     assert summary["gradient_norm"] is None or math.isfinite(summary["gradient_norm"])
     assert summary["certified_accuracy_attacked_eps_0.1"] <= summary["worst_case_accuracy_eps_0.1"]
@@ -129,11 +146,11 @@ def test_a_violation_saves_its_example_and_no_results(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(cells, "evaluate", broken)
         with pytest.raises(CertificateViolationError, match=f"sample 3; saved in {path}"):
-            run_cell(config, tmp_path)
+            run_cell(config, into(tmp_path))
     assert torch.equal(load_file(path)["x"], torch.ones(2))
     assert not folder.summary_path.exists()
     assert not folder.samples_path.exists()
-    run_cell(config, tmp_path)  # the bound has been mended: the old example must not stay beside good results
+    run_cell(config, into(tmp_path))  # the bound has been mended: the old example must not stay beside good results
     assert not path.exists()
     assert folder.is_finished
 
@@ -167,4 +184,36 @@ def test_a_damaged_resume_file_is_named(tmp_path):
     resume = folder.path / "resume.pt"
     resume.write_bytes(resume.read_bytes()[:1000])
     with pytest.raises(StoreError, match=r"resume.pt: damaged; delete it to start over"):
-        run_cell(tiny(), tmp_path)
+        run_cell(tiny(), into(tmp_path))
+
+
+class Stopped(Exception):
+    """Raised by a report, as where the lease was lost."""
+
+
+WRITTEN = ("history.parquet", "checkpoint.safetensors", "samples.parquet", "bounds.json", "closest.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stage", "written"), [("training", 0), ("epoch 1/2", 0), ("trained", 0), ("bounds", 2), ("writing", 2)]
+)
+def test_what_a_report_raises_ends_the_cell_before_anything_more_is_written(tmp_path, stage, written):
+    def report(progress):
+        if progress.stage.startswith(stage):
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run_cell(tiny(), into(tmp_path), report=report)
+    folder = RunFolder.of(tmp_path, tiny())
+    assert [name for name in WRITTEN if (folder.path / name).exists()] == list(WRITTEN[:written])
+    assert not folder.summary_path.exists()
+    assert folder.resume_path.exists() == (stage != "training")
+    run_cell(tiny(), into(tmp_path))
+    assert folder.is_finished
+    assert not folder.resume_path.exists()
+
+
+def test_the_content_of_named_files_is_in_the_summary(finished, tmp_path):
+    assert finished[1]["content"] is None
+    start = tiny(checkpoint=str(finished[0].checkpoint_path), epochs=1)
+    assert run_cell(start, into(tmp_path))["content"].startswith("checkpoint=")

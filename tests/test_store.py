@@ -1,28 +1,16 @@
 import errno
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from torch import nn
+from studies import process, small_disk
 
 from speccert.experiments import store
-from speccert.experiments.config import CellConfig, config_id
-from speccert.experiments.store import (
-    RunFolder,
-    StoreError,
-    find_runs,
-    load_checkpoint,
-    lock_output,
-    save_checkpoint,
-    write_atomic,
-)
+from speccert.experiments.config import CellConfig
+from speccert.experiments.store import RunFolder, StoreError, write_atomic
 
 SAMPLES = pd.DataFrame(
     {
@@ -130,10 +118,11 @@ def test_finished_means_a_good_summary_of_this_run(run):
 
 
 def test_create_clears_what_a_killed_job_left(run):
-    stale = run.path / ".samples.parquet.abc.tmp"
-    stale.write_bytes(b"half")
+    for name in (".samples.parquet.abc.tmp", ".probe.abc"):
+        (run.path / name).write_bytes(b"half")
+    (run.path / "lease.1").touch()
     run.create(CellConfig(threshold=math.inf))
-    assert sorted(path.name for path in run.path.iterdir()) == ["config.json"]
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.json", "lease.1"]
 
 
 def test_create_refuses_another_config(run):
@@ -173,146 +162,41 @@ def test_missing_columns_are_refused(run):
         run.read_history()
 
 
-def test_all_runs_are_found(tmp_path, run):
-    run.write_summary({"clean_accuracy": 0.75})
-    cell = CellConfig(seed=1)
-    RunFolder.of(tmp_path, cell).create(cell)
-    (tmp_path / "0123456789ab").mkdir()
-    (tmp_path / "plots").mkdir()
-    (tmp_path / "table.csv").touch()
-    frame = find_runs(tmp_path).set_index("id")
-    assert sorted(frame.index) == sorted([run.id, config_id(cell), "0123456789ab"])
-    assert frame.loc[run.id, ["finished", "clean_accuracy", "threshold"]].tolist() == [True, 0.75, math.inf]
-    assert frame.loc[config_id(cell), ["finished", "seed"]].tolist() == [False, 1]
-    assert not frame.loc["0123456789ab", "finished"]
+def test_every_path_of_a_run_is_in_its_folder(run):
+    paths = {name: getattr(run, name) for name in dir(RunFolder) if name.endswith("_path")}
+    assert len(set(paths.values())) == len(paths) >= 10
+    assert {path.parent for path in paths.values()} == {run.path}
 
 
-def test_an_empty_output_folder_gives_no_rows(tmp_path):
-    assert find_runs(tmp_path).columns.tolist() == ["folder", "id", "finished"]
-    assert len(find_runs(tmp_path)) == 0
+@pytest.fixture
+def disk(tmp_path):
+    with small_disk(tmp_path, "256k"):
+        yield tmp_path
 
 
-def test_bad_runs_are_all_named(tmp_path, run):
-    run.write_summary({"clean_accuracy": 0.75})
-    run.summary_path.write_bytes(run.summary_path.read_bytes()[:30])
-    foreign = tmp_path / "my-model"
-    foreign.mkdir()
-    (foreign / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(StoreError, match=rf"{run.id}.summary.json: damaged.*my-model.config.json: config format None"):
-        find_runs(tmp_path)
+def test_a_disk_that_is_really_full_keeps_the_old_file_whole(disk):
+    path = disk / "cell" / "file"
+    write_atomic(path, b"a" * 100_000)
+    with pytest.raises(StoreError, match=r"file: cannot be written \(No space left on device\)"):
+        write_atomic(path, b"b" * 200_000)
+    assert list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == b"a" * 100_000
 
 
-def test_no_output_folder(tmp_path):
-    with pytest.raises(StoreError, match="none: expected a folder of runs"):
-        find_runs(tmp_path / "none")
-
-
-def test_the_lock_holds_and_is_let_go(tmp_path):
-    with lock_output(tmp_path / "out"):
-        match = rf"out: output folder in use by process {os.getpid()} on \S+"
-        with pytest.raises(StoreError, match=match), lock_output(tmp_path / "out"):
-            pass
-    with lock_output(tmp_path / "out"):
-        pass
-
-
-def test_the_lock_of_a_killed_process_is_free(tmp_path):
+def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
     code = (
-        "import sys, time; from speccert.experiments.store import lock_output\n"
-        "with lock_output(sys.argv[1]): print('locked', flush=True); time.sleep(60)"
+        "import sys; from speccert.experiments.store import write_atomic\n"
+        "print('go', flush=True)\n"
+        "while True:\n"
+        "    for letter in b'ab': write_atomic(sys.argv[1], bytes([letter]) * 10**6)"
     )
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE) as owner:
-        assert owner.stdout.readline() == b"locked\n"
-        with pytest.raises(StoreError, match=f"in use by process {owner.pid} on"), lock_output(tmp_path):
-            pass
-        owner.send_signal(signal.SIGKILL)
-        owner.wait()
-    with lock_output(tmp_path):
-        pass
-
-
-def test_a_folder_that_cannot_be_locked(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match="file: cannot be locked"), lock_output(tmp_path / "file"):
-        pass
-
-
-def model():
-    return nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("kind", ["ours.safetensors", "torch.pt", "nested.pth"])
-def test_checkpoints_round_trip(tmp_path, kind):
-    source, target, path = model(), model(), tmp_path / kind
-    if kind.endswith(".safetensors"):
-        save_checkpoint(path, source.state_dict())
-    else:
-        torch.save({"state_dict": source.state_dict()} if kind == "nested.pth" else source.state_dict(), path)
-    load_checkpoint(target, path)
-    for key, value in source.state_dict().items():
-        assert torch.equal(target.state_dict()[key], value)
-
-
-def test_shared_and_transposed_weights_are_saved(tmp_path):
-    weight = torch.arange(6.0).reshape(2, 3)
-    save_checkpoint(tmp_path / "a.safetensors", {"a": weight, "b": weight.T})
-    from safetensors.torch import load_file
-
-    assert torch.equal(load_file(tmp_path / "a.safetensors")["b"], weight.T)
-
-
-def test_only_tensors_are_saved(tmp_path):
-    with pytest.raises(StoreError, match="expected tensors only, got other values for step"):
-        save_checkpoint(tmp_path / "a.safetensors", {"step": 3})
-
-
-def changed(state, **changes):
-    return {key: value for key, value in {**state, **changes}.items() if value is not None}
-
-
-@pytest.mark.parametrize(
-    ("changes", "match"),
-    [
-        ({"0.weight": None, "1.bias": None}, "missing weights: 0.weight, 1.bias"),
-        ({"2.weight": torch.zeros(1)}, "unexpected weights: 2.weight"),
-        ({"0.weight": torch.zeros(2, 4)}, r"0.weight has shape \(2, 4\), expected \(2, 3\)"),
-        ({"0.bias": torch.tensor([0.0, math.nan])}, "NaN or infinite weights: 0.bias"),
-        ({"0.bias": torch.tensor([0.0, math.inf])}, "NaN or infinite weights: 0.bias"),
-        ({str(i): torch.zeros(1) for i in range(7)}, "unexpected weights: 0, 1, 2, 3, 4 and 2 more"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(tmp_path, changes, match):
-    target, path = model(), tmp_path / "a.safetensors"
-    save_checkpoint(path, changed(model().state_dict(), **changes))
-    before = {key: value.clone() for key, value in target.state_dict().items()}
-    with pytest.raises(StoreError, match=match):
-        load_checkpoint(target, path)
-    assert all(torch.equal(target.state_dict()[key], value) for key, value in before.items())
-
-
-@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
-@pytest.mark.parametrize("keep", [0, 5, 60, -10])
-def test_truncated_checkpoints_are_refused(tmp_path, name, keep):
-    path = tmp_path / name
-    if name == "a.pt":
-        torch.save(model().state_dict(), path)
-    else:
-        save_checkpoint(path, model().state_dict())
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(StoreError, match=rf"{name}: (truncated|damaged)") as caught:
-        load_checkpoint(model(), path)
-    assert "\n" not in str(caught.value)
-
-
-def test_no_pickled_code_is_run(tmp_path):
-    torch.save(model(), tmp_path / "whole.pt")
-    with pytest.raises(StoreError, match="pickled code is not run"):
-        load_checkpoint(model(), tmp_path / "whole.pt")
-
-
-def test_other_content_is_refused(tmp_path):
-    torch.save([torch.zeros(1)], tmp_path / "list.pt")
-    with pytest.raises(StoreError, match=r"expected a state_dict \(names to tensors\), got list"):
-        load_checkpoint(model(), tmp_path / "list.pt")
-    with pytest.raises(StoreError, match=r"none.pt: cannot be read \(No such file"):
-        load_checkpoint(model(), tmp_path / "none.pt")
+    for _ in range(5):
+        with process(code, tmp_path / "file") as writer:
+            writer.line()
+            while not (tmp_path / "file").exists():
+                pass
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+        content = (tmp_path / "file").read_bytes()
+        assert len(content) == 10**6
+        assert content in (b"a" * 10**6, b"b" * 10**6)
