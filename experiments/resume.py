@@ -15,7 +15,7 @@ from .store import StoreError, write_atomic
 
 __all__ = ["ResumeFile"]
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,12 @@
-"""Training of one cell: seeded, logged, stopped when it diverges, and resumed to the same bits when it was killed."""
+"""Training of one cell: seeded, logged, stopped when it diverges, and resumed to the same bits when it was killed.
+
+In one process, or in several that share every batch; see `train`.
+"""
 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,13 +20,16 @@ from torch.nn.utils import parametrize
 
 from ..certify import certified_accuracy, lipschitz, radii_from_logits
 from ..models import build_model, constrain
+from .checkpoints import load_checkpoint
 from .config import CellConfig, config_id
 from .data import Dataset, Split
+from .distributed import Launch, rank_devices
 from .fitting import Fitter, NonFiniteError, seeded
+from .group import ALONE, Group
 from .resume import ResumeFile
-from .store import StoreError, load_checkpoint
+from .store import StoreError
 
-__all__ = ["TrainResult", "build", "forget", "train"]
+__all__ = ["TrainResult", "build", "fit", "forget", "train"]
 
 FINISHED, NON_FINITE, AT_CHANCE = "finished", "non-finite", "at-chance"
 _RESUME_NAME = "resume.pt"
@@ -47,12 +54,14 @@ class TrainResult:
             ended with finite ones.
         status: "finished", "non-finite" (NaN or overflow in the loss, the gradient or the weights ended the training)
             or "at-chance" (the train accuracy of the last epoch is at most 1.5 / K).
+        ranks: processes that shared the training; those of the last call where it was resumed.
     """
 
     model: nn.Module
     history: pd.DataFrame
     best_epoch: int
     status: str
+    ranks: int = 1
 
     @property
     def diverged(self) -> bool:
@@ -75,18 +84,24 @@ class TrainResult:
         return float(self.history["epoch_s"].sum())
 
 
+OnEpoch = Callable[[dict[str, float]], None]
+
+
 def train(
     config: CellConfig,
     data: Dataset,
     *,
     folder: str | Path | None = None,
     device: str | torch.device = "cpu",
-    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    on_epoch: OnEpoch | None = None,
+    ranks: int = 1,
 ) -> TrainResult:
     """Train one cell on the train part of `data`, choosing the epoch on the validation part.
 
     The result depends on the config, the data and the machine only: the seed sets the start weights, and (seed, epoch)
-    the order of the data and the augmentation; torch's global generators are left as they were.
+    the order of the data and the augmentation; torch's global generators are left as they were. With different numbers
+    of ranks it is the same up to rounding: the batch is that of the config whatever their number, its mean loss and
+    the gradient are those of the whole batch. (What a layer such as dropout draws by itself differs.)
 
     Args:
         config: what to train.
@@ -94,39 +109,80 @@ def train(
         folder: where a resume file is kept from epoch to epoch; after an interruption, a call with the same folder goes
             on behind the last whole epoch, to the same bits (on a GPU: as far as its kernels are deterministic). It
             stays at the end, so that work behind the training can be interrupted too; see `forget`.
-        device: where to train.
-        on_epoch: called with each row of the history.
+        device: where to train: "cpu", "cuda" or "cuda:N". With several ranks on GPUs, "cuda" stands for the first ones
+            that this process sees, and "cuda:2,cuda:3" names one a rank. The model ends on the first.
+        on_epoch: called in this process with each row of the history, after the resume file was written. Whatever it
+            raises ends the training there and is passed on; the next call with the same folder goes on.
+        ranks: processes that train together on this machine, as torchrun starts them, each on its part of every batch;
+            by NCCL on GPUs, by gloo on the CPU, where they share this process's threads.
 
     Raises:
-        ValueError: settings that do not fit the data or the model.
-        StoreError: a resume file or start weights that cannot be used.
+        ValueError: settings that do not fit the data or the model, or devices that do not fit the ranks.
+        StoreError: a resume file or start weights that cannot be used, or a resume file that cannot be written.
+        RankError: one of several ranks died or raised an error; the others have been stopped.
     """
-    training = _Training(config, data, torch.device(device))
-    resume = None if folder is None else ResumeFile(Path(folder) / _RESUME_NAME, config_id(config))
+    devices = rank_devices(device, ranks)
+    if ranks == 1:
+        return fit(config, data, folder=folder, device=devices[0], on_epoch=on_epoch).result()
+    if folder is None:
+        with tempfile.TemporaryDirectory() as made:
+            return train(config, data, folder=made, device=device, on_epoch=on_epoch, ranks=ranks)
+    state = _resume_file(folder, config).read()
+    if state is None or _is_unfinished(config, state["status"], len(state["history"])):
+        Launch(config, data, Path(folder), devices).run(on_epoch or (lambda row: None))
+    return fit(config, data, folder=folder, device=devices[0]).result(ranks)
+
+
+def fit(
+    config: CellConfig,
+    data: Dataset,
+    *,
+    folder: str | Path | None,
+    device: torch.device,
+    on_epoch: OnEpoch | None = None,
+    group: Group = ALONE,
+) -> Training:
+    """Take a training up where it is and bring it to its end, in this process as a member of `group`.
+
+    Every member reads the resume file; the first one writes it and calls `on_epoch`.
+    """
+    training = Training(config, data, device, group)
+    resume = None if folder is None else _resume_file(folder, config)
     if resume is not None and (state := resume.read()) is not None:
         training.load(state)
     while training.unfinished:
         row = training.epoch()
-        if resume is not None and training.status == FINISHED:
+        if not group.first:
+            continue
+        if resume is not None:
             resume.write(training.state())
         if on_epoch is not None:
             on_epoch(row)
-    return training.result()
+    return training
 
 
 def forget(folder: str | Path, config: CellConfig) -> None:
     """Remove the resume file that `train` left in a folder."""
-    ResumeFile(Path(folder) / _RESUME_NAME, config_id(config)).remove()
+    _resume_file(folder, config).remove()
 
 
-class _Training:
-    """One training between two epochs."""
+def _resume_file(folder: str | Path, config: CellConfig) -> ResumeFile:
+    return ResumeFile(Path(folder) / _RESUME_NAME, config_id(config))
 
-    def __init__(self, config: CellConfig, data: Dataset, device: torch.device) -> None:
+
+def _is_unfinished(config: CellConfig, status: str, epochs: int) -> bool:
+    return status == FINISHED and epochs < config.epochs
+
+
+class Training:
+    """One training between two epochs, as a member of a group sees it."""
+
+    def __init__(self, config: CellConfig, data: Dataset, device: torch.device, group: Group = ALONE) -> None:
         self.config, self.input_shape, self.classes = config, data.input_shape, data.num_classes
+        self._group = group
         with seeded(config.seed, device):
             self.model = build(config, data).to(device)
-        self.fitter = Fitter(self.model, config, _moved(data.train, device))
+        self.fitter = Fitter(self.model, config, _moved(data.train, device), group)
         self.validation = _moved(data.validation, device)
         self.history: list[dict[str, float]] = []
         self.status = FINISHED
@@ -134,22 +190,26 @@ class _Training:
 
     @property
     def unfinished(self) -> bool:
-        return self.status == FINISHED and len(self.history) < self.config.epochs
+        """Whether there is an epoch to come."""
+        return _is_unfinished(self.config, self.status, len(self.history))
 
     def epoch(self) -> dict[str, float]:
-        """Train and validate one epoch; its row joins the history."""
+        """Train and validate one epoch; its row joins the history, the same in every member of the group."""
         start = time.perf_counter()
         row: dict[str, float] = dict.fromkeys(_COLUMNS, math.nan) | {"epoch": len(self.history) + 1}
+        status = FINISHED
         try:
             row |= self.fitter.epoch(len(self.history) + 1)
-            row |= self._validate()
-            self._keep_best(row)
+            if self._group.first:
+                row |= self._validate()
+                self._keep_best(row)
         except (ArithmeticError, RuntimeError, ValueError) as error:
             # an overflow surfaces in many ways, e.g. as a factorisation that fails; any other error is passed on
             if not isinstance(error, NonFiniteError) and not _has_overflowed(self.model):
                 raise
-            self.status = NON_FINITE
+            status = NON_FINITE
         row["epoch_s"] = time.perf_counter() - start
+        row, self.status = self._group.agreed((row, status))
         self.history.append(row)
         return row
 
@@ -176,26 +236,32 @@ class _Training:
             self.best = {"epoch": int(row["epoch"]), "key": key, "weights": _copied(self.model.state_dict())}
 
     def state(self) -> dict[str, Any]:
-        """All that the next epoch depends on; no generator is in it, since (seed, epoch) sets them."""
+        """All that the next epoch depends on; no generator is in it, since (seed, epoch) sets them.
+
+        After a divergence there is no next epoch, and the weights, which may be NaN, are left out.
+        """
+        state = {"status": self.status, "history": self.history, "best": self.best}
+        if self.status != FINISHED:
+            return state
         bound = self.fitter.bound
-        return {
+        return state | {
             "model": self.model.state_dict(),
             "optimizer": self.fitter.optimizer.state_dict(),
             "bound": {} if bound is None else bound.state(),
-            "history": self.history,
-            "best": self.best,
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave."""
+        self.status, self.history, self.best = state["status"], state["history"], state["best"]
+        if self.status != FINISHED:
+            return
         self.model.load_state_dict(state["model"])
         self.fitter.optimizer.load_state_dict(state["optimizer"])
         if self.fitter.bound is not None:
             device = self.validation.x.device
             self.fitter.bound.load_state({key: vector.to(device) for key, vector in state["bound"].items()})
-        self.history, self.best = state["history"], state["best"]
 
-    def result(self) -> TrainResult:
+    def result(self, ranks: int = 1) -> TrainResult:
         """The model with its best weights, and the log."""
         history = pd.DataFrame(self.history, columns=list(_COLUMNS)).astype({"epoch": "int64"})
         status = self.status
@@ -203,7 +269,7 @@ class _Training:
             status = AT_CHANCE
         self.model.load_state_dict(self.best["weights"])
         self.model.zero_grad()
-        return TrainResult(self.model.eval(), history, self.best["epoch"], status)
+        return TrainResult(self.model.eval(), history, self.best["epoch"], status, ranks)
 
 
 def build(config: CellConfig, data: Dataset, *, with_checkpoint: bool = True) -> nn.Module:

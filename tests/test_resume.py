@@ -54,3 +54,9 @@ def test_a_file_of_another_run_is_refused(tmp_path):
     ResumeFile(tmp_path / "resume.pt", "abc").write({})
     with pytest.raises(StoreError, match="expected the state of run xyz"):
         ResumeFile(tmp_path / "resume.pt", "xyz").read()
+
+
+def test_a_file_of_another_format_is_refused(tmp_path):
+    torch.save({"format": 1, "owner": "abc", "state": {}}, tmp_path / "resume.pt")
+    with pytest.raises(StoreError, match="expected the state of run abc; delete it to start over"):
+        ResumeFile(tmp_path / "resume.pt", "abc").read()

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from speccert.certify import certified_radii
+from speccert.experiments.checkpoints import save_checkpoint
 from speccert.experiments.config import CellConfig
 from speccert.experiments.data import Dataset, Split
-from speccert.experiments.store import StoreError, save_checkpoint
+from speccert.experiments.store import StoreError
 from speccert.experiments.training import forget, train
 
 TIMES = ["epoch_s", "step_s"]
@@ -108,6 +109,27 @@ def test_an_interrupted_training_goes_on_to_the_same_bits(tmp_path, settings):
     assert list(tmp_path.iterdir()) == []
 
 
+class Stop(Exception):
+    pass
+
+
+def test_what_on_epoch_raises_is_passed_on_and_costs_no_epoch(tmp_path):
+    """A lost lease or a cancelled run stops a training so."""
+    config, data = cell(epochs=3), blobs()
+    for number in (1, 2, 3):
+        rows = []
+
+        def stop(row, rows=rows):
+            rows.append(row)
+            assert torch.load(tmp_path / "resume.pt", weights_only=True)["state"]["history"][-1] == row
+            raise Stop
+
+        with pytest.raises(Stop):
+            train(config, data, folder=tmp_path, on_epoch=stop)
+        assert [row["epoch"] for row in rows] == [number]
+    assert_same(train(config, data, folder=tmp_path, on_epoch=stop), train(config, data))
+
+
 def test_a_kill_within_an_epoch_goes_on_after_the_last_whole_one(tmp_path, monkeypatch):
     config, data = cell(), blobs()
     whole = train(config, data)
@@ -163,13 +185,25 @@ def test_a_huge_learning_rate_is_named_and_leaves_no_bad_weights(tmp_path, lr, o
     assert list(tmp_path.iterdir()) == []
 
 
+DIVERGING = {"lr": 1e30, "constraint": "none", "threshold": math.inf, "optimizer": "sgd", "epochs": 5}
+
+
+def test_a_diverged_training_is_not_trained_again(tmp_path):
+    rows = []
+    first, again = (train(cell(**DIVERGING), blobs(), folder=tmp_path, on_epoch=rows.append) for _ in range(2))
+    assert len(rows) == len(first.history) < 5
+    assert first.status == "non-finite"
+    assert_same(first, again)
+
+
 def test_no_resume_file_holds_bad_weights(tmp_path):
     def check(row):
         for path in tmp_path.glob("resume.pt"):
             state = torch.load(path, weights_only=True)["state"]
-            assert all(value.isfinite().all() for value in state["model"].values())
+            for weights in (state["best"]["weights"], state.get("model", {})):
+                assert all(value.isfinite().all() for value in weights.values())
 
-    config = cell(lr=1e30, constraint="none", threshold=math.inf, optimizer="sgd", epochs=5)
+    config = cell(**DIVERGING)
     result = train(config, blobs(), folder=tmp_path, on_epoch=check)
     assert result.status == "non-finite"
     assert result.best_epoch == 0
