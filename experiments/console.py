@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -13,12 +14,16 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from .cell import Progress
-from .config import CellConfig, config_id
-from .executors import Finished
+from .config import FIELDS, CellConfig, config_id
+from .work import Finished
 
 __all__ = ["LiveRun"]
 
 _MISSING = "\N{EN DASH}"
+_FAILED = "failed"
+_ALWAYS = ("constraint", "threshold", "seed")
+_BARS = 12  # of cells that run; the table shows further ones
+_ROWS = 30  # of the live table: the cells that run, those that failed, then those that ended last
 
 
 class LiveRun:
@@ -37,6 +42,7 @@ class LiveRun:
             TextColumn("{task.fields[stage]}"), console=console,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
+        self._names: list[str] = []
         self._total = self._bars.add_task("all cells", total=0, stage="")
         self._live = Live(console=console, get_renderable=self._view, refresh_per_second=4, transient=True)
 
@@ -54,6 +60,7 @@ class LiveRun:
     def start(self, cells: Sequence[CellConfig], finished: Mapping[str, dict[str, Any]]) -> None:
         """See `Watcher.start`."""
         self._cells = {config_id(cell): cell for cell in cells}
+        self._names = [name for name in FIELDS if len({getattr(cell, name) for cell in cells}) > 1 or name in _ALWAYS]
         self._summaries = dict(finished)
         self._bars.update(self._total, total=len(cells), completed=len(finished))
         if finished:
@@ -64,7 +71,9 @@ class LiveRun:
         self._stages[progress.id] = progress.stage
         epochs = self._cells[progress.id].epochs
         if progress.id not in self._tasks:
-            self._tasks[progress.id] = self._bars.add_task(_title(self._cells[progress.id]), total=epochs, stage="")
+            if len(self._tasks) == _BARS:
+                return
+            self._tasks[progress.id] = self._bars.add_task(self._title(progress.id), total=epochs, stage="")
         self._bars.update(self._tasks[progress.id], completed=round(progress.fraction * epochs), stage=progress.stage)
 
     def finish(self, finished: Finished) -> None:
@@ -72,14 +81,19 @@ class LiveRun:
         if finished.id in self._tasks:
             self._bars.remove_task(self._tasks.pop(finished.id))
         self._bars.advance(self._total)
-        title = _title(self._cells[finished.id])
+        title = self._title(finished.id)
+        self._stages.pop(finished.id, None)
         if finished.summary is None:
-            self._stages[finished.id] = "failed"
+            self._stages[finished.id] = _FAILED
             self._say(f"{title}: failed ({finished.error})")
             return
         self._summaries[finished.id] = finished.summary
         if not self._console.is_terminal:
             self._say(f"{title}: {_outcome(self._cells[finished.id], finished.summary)}")
+
+    def say(self, text: str) -> None:
+        """See `Watcher.say`."""
+        self._say(text)
 
     def _say(self, text: str) -> None:
         self._console.out(text, highlight=False)
@@ -89,19 +103,36 @@ class LiveRun:
 
     def _table(self) -> Table:
         table = Table(title="cells", title_justify="left")
-        for name in ("constraint", "threshold", "seed"):
-            table.add_column(name, justify="right" if name != "constraint" else "left")
+        for name in self._names:
+            table.add_column(name, justify="left" if name in ("constraint", "model", "dataset") else "right")
         for name in ("clean %", "certified %", "observed %", "state"):
             table.add_column(name, justify="right" if name != "state" else "left")
-        for key, cell in self._cells.items():
-            summary = self._summaries.get(key)
+        shown = self._shown()
+        for key in shown:
+            cell, summary = self._cells[key], self._summaries.get(key)
             state = "done" if summary else self._stages.get(key, "waiting").split(" loss")[0]
-            table.add_row(cell.constraint, f"{cell.threshold:g}", str(cell.seed), *_figures(cell, summary), state)
+            table.add_row(*(_text(getattr(cell, name)) for name in self._names), *_figures(cell, summary), state)
+        if len(shown) < len(self._cells):
+            table.caption = f"{len(self._cells) - len(shown)} more"
         return table
 
+    def _shown(self) -> list[str]:
+        """All cells in their order; of many, those that run, those that failed, then those that ended last."""
+        if len(self._cells) <= _ROWS:
+            return list(self._cells)
+        at_work = sorted(self._stages, key=lambda key: self._stages[key] == _FAILED)
+        return [*at_work[:_ROWS], *itertools.islice(reversed(self._summaries), _ROWS)][:_ROWS]
 
-def _title(cell: CellConfig) -> str:
-    return f"{cell.constraint} {cell.threshold:g} seed {cell.seed}"
+    def _title(self, key: str) -> str:
+        cell = self._cells[key]
+        further = [f"{name} {_text(getattr(cell, name))}" for name in self._names if name not in _ALWAYS]
+        return ", ".join([f"{cell.constraint} {cell.threshold:g} seed {cell.seed}", *further])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_text, value))
+    return _MISSING if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _figures(cell: CellConfig, summary: Mapping[str, Any] | None) -> list[str]:

@@ -15,12 +15,15 @@ from torch import nn
 from ..certify import LipschitzBound, lipschitz
 from ..certify.graph import floating_like
 from ..models.imported import import_model
-from .cell import cell_data, check_cell, load_model, train_cell
-from .config import FIELDS, CellConfig, ConfigError, RunSpec, usable_attacks
+from .cell import Progress, cell_data, check_cell, load_model, train_cell
+from .checkpoints import load_checkpoint, save_checkpoint
+from .config import FIELDS, CellConfig, ConfigError, usable_attacks
 from .data import Dataset, load_dataset
 from .evaluation import CertificateViolationError, Evaluation, evaluate
+from .leases import LeaseState, claim
 from .precision import exact_float32
-from .store import RunFolder, load_checkpoint, lock_output, save_checkpoint
+from .spec import RunSpec
+from .store import RunFolder, StoreError
 from .sweep import check_device
 
 __all__ = ["Opened", "attack_one", "bound_one", "open_model", "train_one"]
@@ -80,25 +83,26 @@ def train_one(spec: RunSpec, output: Path, *, device: str, data_root: Path | Non
     """
     cells = spec.cells()
     if len(cells) != 1:
-        raise ConfigError(
-            f"certify train takes one constraint, threshold and seed, got {len(cells)} cells; use certify run"
-        )
+        raise ConfigError(f"certify train takes one value of every setting, got {len(cells)} cells; use certify run")
     check_device(device)
     exact_float32()
     folder = RunFolder.of(output, cells[0])
-    with lock_output(output):
-        if folder.is_finished:
-            console.out(f"finished before; checkpoint in {folder.path}", highlight=False)
-            return folder
-        data = cell_data(cells[0], data_root)
-        check_cell(cells[0], data)
-        result = train_cell(
-            cells[0],
-            data,
-            folder,
-            device=device,
-            report=lambda progress: console.out(progress.stage, highlight=False),
-        )
+    if folder.is_finished:
+        console.out(f"finished before; checkpoint in {folder.path}", highlight=False)
+        return folder
+    data = cell_data(cells[0], data_root)
+    check_cell(cells[0], data)
+    lease = claim(folder.path, "train")
+    if isinstance(lease, LeaseState):
+        raise StoreError(f"{folder.path}: {lease.owner} works on it")
+
+    def report(progress: Progress) -> None:
+        lease.check()
+        lease.progress(progress.stage, progress.fraction)
+        console.out(progress.stage, highlight=False)
+
+    with lease:
+        result = train_cell(cells[0], data, folder, device=device, report=report)
     state = "" if not result.diverged else f"; the training diverged ({result.status})"
     console.out(f"best epoch {result.best_epoch}{state}; checkpoint in {folder.path}", highlight=False)
     return folder

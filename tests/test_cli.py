@@ -15,10 +15,10 @@ from speccert import cli
 from speccert.certify import rules
 from speccert.certify.linear import Dense
 from speccert.experiments import sweep
+from speccert.experiments.checkpoints import save_checkpoint
 from speccert.experiments.config import CellConfig, config_id
-from speccert.experiments.store import lock_output, save_checkpoint
 
-COMMANDS = ("run", "train", "bound", "attack", "table", "plot", "doctor")
+COMMANDS = ("run", "train", "bound", "attack", "status", "cancel", "logs", "table", "report", "plot", "doctor")
 TINY = {
     "width": "16",
     "epochs": "2",
@@ -116,7 +116,7 @@ def test_run_prints_the_whole_table_plainly_and_where_the_files_are(finished, ce
     code, out, err = certify("run", "-o", finished, "--executor", "inline", *flags())
     assert (code, err) == (0, [])
     assert "2 of 2 cells were finished before and are kept" in out
-    assert out.splitlines()[-1] == f"tables: {finished}/robustness.csv .md .tex   pictures: {finished}/figures"
+    assert out.splitlines()[-1] == f"tables: {finished}/robustness.csv .md .tex .parquet   pictures: {finished}/figures"
     assert "\x1b" not in out
     assert "…" not in out
     table = pd.read_csv(finished / "robustness.csv")
@@ -152,7 +152,7 @@ def test_run_says_what_each_cell_gave(certify, tmp_path):
 def test_a_spec_file_and_flags_do_the_same_and_flags_win(certify, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(sweep, "run", lambda spec, *_, **__: seen.append(spec.cells()) or pd.DataFrame())
-    monkeypatch.setattr("speccert.experiments.tables.print_table", lambda *_: None)
+    monkeypatch.setattr("speccert.experiments.table_writers.print_table", lambda *_: None)
     lines = ['width = 16\nepochs = 2\ntrain_samples = 300\nloss = "cross-entropy"\nthresholds = [1, inf]\n']
     lines += ['test_samples = 60\nattack_samples = 20\nattacks = ["fgsm", "ddn"]\neps = [0.1, "3/10"]\n']
     (tmp_path / "spec.toml").write_text("".join(lines))
@@ -292,14 +292,14 @@ BAD_SPECS = {
         (("run", "--jobs", "0"), 1, "jobs: expected an integer >= 1, got 0"),
         (("run", "--executor", "inline", "--jobs", "0"), 1, "jobs: expected an integer >= 1, got 0"),
         (("run", "--jobs", "two"), 2, "Invalid value for '--jobs'"),
-        (("run", "--executor", "cloud"), 1, "executor: expected one of inline, local; got 'cloud'"),
+        (("run", "--executor", "cloud"), 1, "executor: expected one of inline, local, slurm; got 'cloud'"),
         (("run", "--device", "abacus"), 1, "device: expected cpu, cuda or cuda:N of this machine, got 'abacus'"),
         (("run", "--device", "meta"), 1, "device: expected cpu, cuda or cuda:N of this machine, got 'meta'"),
         (("run", "--width", "15", "--thresholds", "1,2"), 1, "multiple of 2 channels, got 15"),
         (("run", "--dataset", "none.npz"), 1, "none.npz: cannot be read"),
         (("run", "--model", "no_module_here:f"), 1, "No module named 'no_module_here'"),
         (("run", "-o", "file"), 2, "Directory 'file' is a file"),
-        (("run", "-o", "file/below"), 1, "file/below: cannot be locked (Not a directory)"),
+        (("run", "-o", "file/below"), 1, "cannot be written (Not a directory)"),
         (("run", "--data-root", "file"), 2, "Directory 'file' is a file"),
         (("train", "--thresholds", "1,2"), 2, "got 2 cells; use certify run"),
         (("bound", "nothing"), 2, "model: expected a run folder or module:function, got 'nothing'"),
@@ -329,7 +329,7 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(arguments, code, message,
     assert out == ""
     shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
-    assert written <= {*BAD_SPECS, "file", "runs", "runs/.lock"}
+    assert written <= {*BAD_SPECS, "file", "runs"}
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
@@ -339,14 +339,6 @@ def test_a_table_that_cannot_be_made_ends_in_one_line(arguments, finished, certi
     assert (code, out, len(err)) == (1, "", 1)
 
 
-def test_an_output_folder_in_use_is_named(certify, tmp_path):
-    with lock_output(tmp_path / "runs"):
-        code, _, err = certify("run", *flags())
-    assert code == 1
-    assert len(err) == 1
-    assert re.match(r"certify: error: runs: output folder in use by process \d+ on ", err[0])
-
-
 @pytest.mark.parametrize("damaged", ["config.json", "summary.json", "checkpoint.safetensors", "samples.parquet"])
 def test_a_truncated_file_of_a_run_is_named(damaged, finished, folder, certify, tmp_path):
     copy = tmp_path / "runs"
@@ -354,7 +346,7 @@ def test_a_truncated_file_of_a_run_is_named(damaged, finished, folder, certify, 
     path = copy / folder.name / damaged
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     commands = {
-        "config.json": ("table", copy),
+        "config.json": ("bound", copy / folder.name),
         "summary.json": ("table", copy),
         "checkpoint.safetensors": ("bound", copy / folder.name),
         "samples.parquet": ("plot", copy),
@@ -398,7 +390,9 @@ def test_a_read_only_disk_ends_in_one_line(certify, tmp_path):
     try:
         code, out, err = certify("run", "-o", disk / "runs", "--executor", "inline", *flags())
         assert (code, out) == (1, "")
-        assert err == [f"certify: error: {disk}/runs: cannot be locked (Read-only file system)"]
+        assert len(err) == 1
+        assert err[0].startswith(f"certify: error: {disk}/runs/.certify/plan-")
+        assert err[0].endswith(": cannot be written (Read-only file system)")
     finally:
         subprocess.run(["umount", disk], check=True)
 
@@ -406,7 +400,8 @@ def test_a_read_only_disk_ends_in_one_line(certify, tmp_path):
 def test_a_terminal_of_100_columns_shows_the_table_uncut(finished, capsys, monkeypatch):
     from rich.console import Console
 
-    from speccert.experiments.tables import print_table, robustness_table
+    from speccert.experiments.table_writers import print_table
+    from speccert.experiments.tables import robustness_table
 
     console = Console(width=100, force_terminal=True, color_system=None)
     print_table(robustness_table(finished), console)

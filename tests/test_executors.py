@@ -1,51 +1,44 @@
+"""What all executors share: the same results, errors that end one cell only, the choice of devices."""
+
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
+import trials
 
 from speccert.experiments import executors, run, sweep
-from speccert.experiments.config import RunSpec, config_id
+from speccert.experiments.config import config_id
 from speccert.experiments.evaluation import CertificateViolationError
-from speccert.experiments.executors import Finished, InlineExecutor, LocalExecutor, default_jobs, make_executor
-from speccert.experiments.store import RunFolder, lock_output
+from speccert.experiments.execution import Execution
+from speccert.experiments.executors import Finished, InlineExecutor, default_jobs, device_slots
 from speccert.experiments.sweep import CellError
 
-TIMES = {"evaluate_s", "train_s", "step_s", "step_ratio"}
-TINY = {
-    "model": None,
-    "normalise": "none",
-    "constraints": ["none"],
-    "seeds": [0, 1],
-    "epochs": 2,
-    "train_samples": 200,
-    "test_samples": 40,
-    "attack_samples": 10,
-    "attacks": ["fgsm"],
-    "loss": "cross-entropy",
-}
 MODEL = """
-import multiprocessing, os, signal, glob
+import multiprocessing
 from torch import nn
 def build(input_shape, num_classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, num_classes))
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, num_classes))
 def in_worker():
     return multiprocessing.parent_process() is not None
-def dies(input_shape, num_classes):
-    if in_worker() and glob.glob({output!r} + "/*/summary.json") and not os.path.exists({output!r} + "/spare"):
-        os.kill(os.getpid(), signal.SIGKILL)
+class Strange(Exception):
+    def __init__(self, one, two):
+        self.lock = __import__("threading").Lock()
+    def __str__(self):
+        return "strange"
+def fails(input_shape, num_classes):
+    if in_worker():
+        raise ValueError("no model today")
+    return build(input_shape, num_classes)
+def strange(input_shape, num_classes):
+    if in_worker():
+        raise Strange(1, 2)
     return build(input_shape, num_classes)
 def leaves(input_shape, num_classes):
     if in_worker():
         raise SystemExit(3)
-    return build(input_shape, num_classes)
-def fails(input_shape, num_classes):
-    if in_worker():
-        raise ValueError("no model today")
     return build(input_shape, num_classes)
 def lies(input_shape, num_classes):
     if in_worker():
@@ -57,14 +50,11 @@ def lies(input_shape, num_classes):
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """OMP_NUM_THREADS reaches the workers, too; pictures take seconds and are drawn elsewhere."""
+def surroundings(monkeypatch):
+    """One thread in workers, too; pictures take seconds and are drawn elsewhere; no worker outlives a test."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(sweep, "write_figures", lambda *_: [])
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
     assert multiprocessing.active_children() == []
 
 
@@ -72,15 +62,11 @@ def one_thread(monkeypatch):
 def spec(tmp_path, monkeypatch):
     """Settings with a model that behaves as told, but in workers only."""
     name = f"worker_models_{os.getpid()}"
-    (tmp_path / f"{name}.py").write_text(MODEL.format(output=str(tmp_path / "runs")))
+    (tmp_path / f"{name}.py").write_text(MODEL)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, name, raising=False)
-    return lambda function="build", **settings: {**TINY, "model": f"{name}:{function}", **settings}
-
-
-def summaries(output):
-    rows = [RunFolder(path).read_summary() for path in sorted(output.iterdir()) if len(path.name) == 12]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    settings = {**trials.SMALL, "constraints": ["none"], "normalise": "none", "attacks": ["fgsm"], "width": None}
+    return lambda function="build", **more: {**settings, "seeds": [0, 1], "model": f"{name}:{function}", **more}
 
 
 class Told(sweep._Silent):
@@ -94,172 +80,116 @@ class Told(sweep._Silent):
         self.ends.append(finished.id)
 
 
-def test_inline_and_local_give_the_same_but_for_times(spec, tmp_path):
+def test_inline_and_local_give_the_same_to_the_last_bit(tmp_path):
     inline, local = Told(), Told()
-    run(spec(), tmp_path / "inline", watcher=inline)
-    run(spec(), tmp_path / "local", executor="local", jobs=1, watcher=local)
-    assert len(summaries(tmp_path / "inline")) == 2
-    assert summaries(tmp_path / "inline") == summaries(tmp_path / "local")
+    run(trials.TWELVE, tmp_path / "inline", watcher=inline)
+    run(trials.TWELVE, tmp_path / "local", executor="local", jobs=2, watcher=local)
+    found = trials.contents(tmp_path / "inline")
+    assert set(found) == set(trials.ids_of(trials.TWELVE))
+    assert trials.contents(tmp_path / "local") == found
     assert inline.stages == local.stages
-    assert sorted(inline.ends) == sorted(local.ends)
-    for path in (tmp_path / "inline").glob("*/checkpoint.safetensors"):
-        assert path.read_bytes() == (tmp_path / "local" / path.parent.name / path.name).read_bytes()
-
-
-def test_a_killed_worker_ends_in_one_line_and_finished_cells_are_kept(spec, tmp_path):
-    output = tmp_path / "runs"
-    cells = [config_id(cell) for cell in RunSpec.from_mapping(spec("dies")).cells()]
-    with pytest.raises(CellError) as raised:
-        run(spec("dies"), output, executor="local", jobs=1)
-    assert str(raised.value) == f"cell {cells[1]} failed: a worker process died (killed, or out of memory)"
-    kept = (output / cells[0] / "summary.json").stat().st_mtime_ns
-    (output / "spare").touch()
-    assert len(run(spec("dies"), output)) == 1
-    assert (output / cells[0] / "summary.json").stat().st_mtime_ns == kept
-    assert (output / cells[1] / "summary.json").exists()
+    assert sorted(inline.ends) == sorted(local.ends) == sorted(found)
+    for output in (tmp_path / "inline", tmp_path / "local"):
+        assert set(trials.begins(output).values()) == {1}
+        trials.assert_tidy(output)
 
 
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        pytest.param("leaves", "a worker process died (killed, or out of memory)", marks=pytest.mark.slow),
         ("fails", "no model today"),
+        pytest.param("strange", "strange", marks=pytest.mark.slow),
+        pytest.param("leaves", r".*called sys.exit\(3\)", marks=pytest.mark.slow),
     ],
 )
-def test_a_cell_that_fails_in_a_worker_is_told_once_for_all_cells(function, reason, spec, tmp_path):
-    cells = [config_id(cell) for cell in RunSpec.from_mapping(spec(function)).cells()]
-    with pytest.raises(CellError) as raised:
+def test_an_error_of_any_class_in_a_worker_ends_its_cell_and_is_kept(function, reason, spec, tmp_path):
+    cells = trials.ids_of(spec(function))
+    with pytest.raises(CellError, match=rf"^cell {', '.join(cells)} failed: {reason}$"):
         run(spec(function), tmp_path / "runs", executor="local", jobs=1)
-    assert str(raised.value) == f"cell {', '.join(cells)} failed: {reason}"
+    for cell in cells:
+        assert "Traceback" in (tmp_path / "runs" / cell / "failed.json").read_text()
 
 
 def test_a_broken_certificate_in_a_worker_ends_the_whole_run(spec, tmp_path):
     output = tmp_path / "runs"
-    with pytest.raises(CertificateViolationError, match=r"certificate broken.*saved in .*counterexample.safetensors"):
+    with pytest.raises(CertificateViolationError, match="certificate broken"):
         run(spec("lies", seeds=[0, 1, 2]), output, executor="local", jobs=1)
-    assert list(output.glob("*/counterexample.safetensors"))
+    assert len(trials.begins(output)) == 1
+    with pytest.raises(CertificateViolationError, match="certificate broken"):  # and is not forgotten
+        run(spec("lies", seeds=[0, 1, 2]), output, executor="local", jobs=1)
     assert not list(output.glob("*/summary.json"))
     assert not list(output.glob("robustness.*"))
-    with lock_output(output):
-        pass
 
 
 def test_inline_cells_fail_one_by_one(spec, tmp_path, monkeypatch):
-    def failing(cell, **_):
-        raise ValueError("no") if cell.seed == 0 else OSError("full")
+    def failing(cell, *_):
+        return Finished(config_id(cell), error=ValueError("no") if cell.seed == 0 else OSError("full"))
 
-    monkeypatch.setattr(executors, "run_cell", failing)
-    cells = RunSpec.from_mapping(spec()).cells()
-    ends = list(InlineExecutor().events(cells, {}))
+    monkeypatch.setattr(executors, "work", failing)
+    cells = trials.cells_of(spec())
+    ends = list(InlineExecutor().events(cells, Execution(output=str(tmp_path))))
     assert [(end.id, end.summary, str(end.error)) for end in ends] == [
         (config_id(cells[0]), None, "no"),
         (config_id(cells[1]), None, "full"),
     ]
-    assert all(isinstance(end, Finished) for end in ends)
-
-
-def test_executors_by_name():
-    assert isinstance(make_executor("inline", 1, print), InlineExecutor)
-    assert isinstance(make_executor("local", 3, print), LocalExecutor)
-    for name in ("inline", "local"):
-        with pytest.raises(ValueError, match="jobs: expected an integer >= 1, got 0"):
-            make_executor(name, 0, print)
-    with pytest.raises(ValueError, match="executor: expected one of inline, local; got 'cloud'"):
-        make_executor("cloud", 1, print)
-
-
-@pytest.mark.parametrize(("device", "count", "expected"), [("cuda", 4, 4), ("cuda", 1, 1), ("cuda:1", 4, 1)])
-def test_a_gpu_runs_one_cell_at_a_time(device, count, expected, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    assert default_jobs(device) == expected
-
-
-def test_a_processor_runs_one_cell_a_core():
-    assert default_jobs("cpu") == os.cpu_count()
-
-
-INTERRUPTED = "certify: error: interrupted; what is finished is kept, and the same command goes on from there"
-SCRIPT = "from speccert.cli import main; main()"
-
-
-def started(spec, tmp_path, *flags):
-    """`certify run` on an endless training, as its own process group; waits until an epoch is done."""
-    (tmp_path / "spec.toml").write_text(RunSpec.from_mapping(spec(epochs=100_000)).to_toml())
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, "run", "spec.toml", "-o", "runs", *flags],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 90
-    while not list(tmp_path.glob("runs/*/resume.pt")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "no epoch in 90 s"
-        time.sleep(0.05)
-    return process
-
-
-def group_ends(group, seconds=15):
-    """Whether every process of a group has ended, zombies aside."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        listed = subprocess.run(["ps", "-eo", "pgid=,stat="], capture_output=True, text=True, check=True).stdout
-        rows = [line.split() for line in listed.splitlines()]
-        if not [row for row in rows if row[0] == str(group) and not row[1].startswith("Z")]:
-            return True
-        time.sleep(0.1)
-    return False
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("settings", "count", "slots"),
     [
-        pytest.param(("--executor", "inline"), id="inline"),
-        pytest.param(("--executor", "local", "--jobs", "2"), id="local", marks=pytest.mark.slow),
+        ({"device": "cuda"}, 3, ["cuda:0", "cuda:1", "cuda:2"]),
+        ({"device": "cuda", "cells_per_gpu": 2}, 2, ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]),
+        ({"device": "cuda", "gpus_per_cell": 2}, 5, ["cuda:0,cuda:1", "cuda:2,cuda:3"]),
+        ({"device": "cuda:1", "cells_per_gpu": 2}, 4, ["cuda:1"]),
+        ({"gpus_per_cell": 2}, 0, ["cpu"]),
     ],
 )
-def test_ctrl_c_ends_with_one_line_and_leaves_nothing_behind(flags, spec, tmp_path):
-    process = started(spec, tmp_path, *flags)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert err.strip() == INTERRUPTED
+def test_devices_are_shared_out_round_robin(settings, count, slots, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert device_slots(Execution(output="runs", **settings)) == slots
+
+
+def test_more_gpus_a_cell_than_there_are(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="gpus_per_cell: expected at most 1, the GPUs of this machine, got 2"):
+        device_slots(Execution(output="runs", device="cuda", gpus_per_cell=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "count", "cores", "jobs"),
+    [
+        ({"device": "cuda"}, 4, 16, 4),
+        ({"device": "cuda", "cells_per_gpu": 3}, 2, 16, 6),
+        ({"device": "cuda", "gpus_per_cell": 2}, 4, 16, 2),
+        ({"device": "cuda:1", "cells_per_gpu": 3}, 4, 16, 3),
+        ({}, 4, 16, 16),
+        ({"threads": 3}, 0, 16, 5),
+        ({"threads": 2, "gpus_per_cell": 4}, 0, 16, 2),
+        ({"threads": 4}, 0, 2, 1),
+    ],
+)
+def test_as_many_cells_at_once_as_the_machine_can_feed(settings, count, cores, jobs, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert default_jobs(Execution(output="runs", **settings)) == jobs
+
+
+INTERRUPTED = "certify: error: interrupted; what is finished is kept, and the same command goes on from there"
+
+
+@pytest.mark.parametrize(
+    "flags", [("--executor", "inline"), ("--executor", "local", "--jobs", "2")], ids=lambda f: f[1]
+)
+def test_ctrl_c_ends_at_once_with_one_line_and_leaves_nothing_behind(flags, tmp_path):
+    output = tmp_path / "runs"
+    with trials.certify_run(trials.ENDLESS, output, *flags) as process:
+        trials.wait_for(lambda: len(trials.running(output)) == (1 if "inline" in flags else 2), process=process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
+        out, err = process.communicate(timeout=20)
+        assert trials.group_members(process.pid) == []
+    assert (process.returncode, err.strip()) == (130, INTERRUPTED)
     assert "Traceback" not in out
-    assert group_ends(process.pid)
-    runs = tmp_path / "runs"
-    left = {path.name for pattern in ("*/*", "*/.*") for path in runs.glob(pattern)}
-    assert left <= {"config.json", "resume.pt"}
-    with lock_output(runs):
-        pass
-
-
-@pytest.mark.slow
-def test_workers_end_with_the_process_that_started_them(spec, tmp_path):
-    process = started(spec, tmp_path, "--jobs", "2")
-    process.kill()
-    process.communicate(timeout=30)
-    assert process.returncode == -signal.SIGKILL
-    assert group_ends(process.pid)
-
-
-@pytest.mark.slow
-def test_ctrl_c_while_the_workers_start(spec, tmp_path):
-    """They are deep in their imports then, without a handler of their own."""
-    (tmp_path / "spec.toml").write_text(RunSpec.from_mapping(spec(epochs=100_000)).to_toml())
-    script = (
-        "import multiprocessing, os, signal, time\n"
-        "from speccert.experiments import executors\n"
-        "def interrupted(futures, inbox):\n"
-        "    for seconds, who in ((0.5, [p.pid for p in multiprocessing.active_children()]), (1, [os.getpid()])):\n"
-        "        time.sleep(seconds)\n"
-        "        for process in who:\n"
-        "            os.kill(process, signal.SIGINT)\n"
-        "    time.sleep(30)\n"
-        f"executors._drain = interrupted\n{SCRIPT}"
-    )
-    command = [sys.executable, "-c", script, "run", "spec.toml", "-o", "runs", "--jobs", "2"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, start_new_session=True, timeout=60)
-    assert ended.returncode == 130
-    assert ended.stderr.strip() == INTERRUPTED
+    for path in output.glob("*/config.json"):
+        assert {one.name for one in path.parent.iterdir()} == {"config.json", "lease.1", "log.txt", "resume.pt"}
+    assert not list(output.glob(".certify/run-*"))
+    assert not trials.running(output)

@@ -2,7 +2,9 @@ import errno
 import json
 import math
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -11,20 +13,24 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+import trials
 from safetensors.torch import load_file
 from torch import nn
 
 from speccert.certify import rules
 from speccert.certify.linear import Dense
-from speccert.experiments import run, store, sweep
-from speccert.experiments.config import ConfigError, RunSpec, config_id
+from speccert.experiments import run, store, sweep, work
+from speccert.experiments.config import ConfigError, config_id
 from speccert.experiments.data import DataError
 from speccert.experiments.evaluation import CertificateViolationError
-from speccert.experiments.store import RunFolder, StoreError, lock_output
+from speccert.experiments.execution import Execution
+from speccert.experiments.leases import claim
+from speccert.experiments.spec import RunSpec
+from speccert.experiments.store import RunFolder, StoreError
 from speccert.experiments.sweep import CellError, check_device, write_results
+from speccert.experiments.work import Finished
 
 TINY = {**tiny.TINY, "thresholds": [1.0]}
-TIMES = {"evaluate_s", "train_s", "step_s", "step_ratio"}
 KILLED = """
 import os, signal, sys
 import torch
@@ -63,7 +69,7 @@ def no_figures(monkeypatch):
 
 
 def without_times(summary):
-    return {key: value for key, value in summary.items() if key not in TIMES}
+    return {key: value for key, value in summary.items() if key not in trials.TIMES}
 
 
 def state_of(output):
@@ -72,7 +78,7 @@ def state_of(output):
 
 
 def only_folder(output):
-    (folder,) = (path for path in output.iterdir() if path.is_dir() and path.name != "figures")
+    (folder,) = (path for path in output.iterdir() if re.fullmatch(r"[0-9a-f]{12}", path.name))
     return RunFolder(folder)
 
 
@@ -90,7 +96,7 @@ def test_a_run_writes_folders_tables_and_pictures(finished):
     output, table = finished
     cells = RunSpec.from_mapping({**TINY, "thresholds": [1.0, math.inf], "eps": [0.1, 0.3]}).cells()
     figures = {"accuracy_over_eps", "gradient_norms", "radius_against_distance", "sandwich_eps_0.1", "sandwich_eps_0.3"}
-    files = {"robustness.csv", "robustness.md", "robustness.tex", ".lock"}
+    files = {"robustness.csv", "robustness.md", "robustness.tex", "robustness.parquet", "index.parquet", ".certify"}
     assert {path.name for path in output.iterdir()} == {*files, "figures", *map(config_id, cells)}
     assert {path.name for path in (output / "figures").iterdir()} == {
         f"{f}.{s}" for f in figures for s in ("pdf", "png")
@@ -132,7 +138,7 @@ def test_finished_cells_are_kept_and_a_new_one_is_added(finished, no_figures, mo
     before = {path: content for path, content in state_of(output).items() if len(path.parent.name) == 12}
     spec = {**TINY, "thresholds": [math.inf, 1.0], "eps": [0.1, 0.3]}
     with monkeypatch.context() as patch:
-        patch.setattr("speccert.experiments.executors.run_cell", lambda *_, **__: pytest.fail("computed again"))
+        patch.setattr("speccert.experiments.work.run_cell", lambda *_, **__: pytest.fail("computed again"))
         again = run(spec, output)
     assert {path: content for path, content in state_of(output).items() if path in before} == before
     pd.testing.assert_frame_equal(again, table)
@@ -247,21 +253,40 @@ def test_a_bound_that_is_too_small_ends_the_run(factor, separated, tmp_path, mon
 
 
 def test_a_cell_that_fails_leaves_the_others_finished(tmp_path, no_figures, monkeypatch):
-    from speccert.experiments import executors
+    honest = work.run_cell
 
-    honest = executors.run_cell
-
-    def failing(config, output, **rest):
-        if config.seed in (1, 2):
+    def failing(config, execution, **rest):
+        if config.seed in bad:
             raise ValueError("seed is no good\nsecond line")
-        return honest(config, output, **rest)
+        return honest(config, execution, **rest)
 
-    monkeypatch.setattr(executors, "run_cell", failing)
+    bad = {1, 2}
+    monkeypatch.setattr(work, "run_cell", failing)
     cells = RunSpec.from_mapping({**TINY, "seeds": [0, 1, 2]}).cells()
     with pytest.raises(CellError) as raised:
         run({**TINY, "seeds": [1, 2, 0]}, tmp_path)
     assert str(raised.value) == f"cell {config_id(cells[1])}, {config_id(cells[2])} failed: seed is no good"
     assert RunFolder.of(tmp_path, cells[0]).is_finished
+
+    bad = {2}
+    again = "seed is no good second line (in an earlier run; --retry-failed runs it again)"
+    with pytest.raises(CellError) as raised:
+        run({**TINY, "seeds": [1, 2, 0]}, tmp_path)
+    assert str(raised.value) == f"cell {config_id(cells[1])}, {config_id(cells[2])} failed: {again}"
+    assert not RunFolder.of(tmp_path, cells[1]).is_finished
+    with pytest.raises(CellError) as raised:
+        run({**TINY, "seeds": [1, 2, 0]}, tmp_path, retry_failed=True)
+    assert str(raised.value) == f"cell {config_id(cells[2])} failed: seed is no good"
+    assert RunFolder.of(tmp_path, cells[1]).is_finished
+    assert not RunFolder.of(tmp_path, cells[1]).failure_path.exists()
+
+
+def test_of_many_failed_cells_the_first_are_named():
+    failed = [Finished(f"{k:012d}", error=ValueError("one\ntwo")) for k in range(7)]
+    ids = ", ".join(f"{k:012d}" for k in range(5))
+    assert sweep._reasons(failed) == f"cell {ids} and 2 more failed: one"
+    failed = [Finished(str(k), error=ValueError(f"reason {k}")) for k in range(7)]
+    assert sweep._reasons(failed).endswith("; cell 4 failed: reason 4; and 2 more cells; certify status shows them")
 
 
 @pytest.mark.parametrize(
@@ -273,7 +298,7 @@ def test_a_cell_that_fails_leaves_the_others_finished(tmp_path, no_figures, monk
         ({"thresholds": [0]}, {}, ConfigError, "threshold = 0.0: expected a number > 0, or inf"),
         ({"dataset": "none.npz"}, {}, DataError, "none.npz: cannot be read"),
         ({"model": "no_such_module:f"}, {}, ValueError, "no_such_module:f"),
-        ({}, {"executor": "slurmm"}, ValueError, "executor: expected one of inline, local; got 'slurmm'"),
+        ({}, {"executor": "slurmm"}, ValueError, "executor: expected one of inline, local, slurm; got 'slurmm'"),
         ({}, {"jobs": 0}, ValueError, "jobs: expected an integer >= 1, got 0"),
         ({}, {"executor": "local", "jobs": -1}, ValueError, "jobs: expected an integer >= 1, got -1"),
         ({}, {"device": "abacus"}, ValueError, "device: expected cpu, cuda or cuda:N of this machine, got 'abacus'"),
@@ -285,7 +310,7 @@ def test_bad_input_ends_in_one_line_before_any_run_folder(spec, arguments, error
         run({**TINY, **spec}, tmp_path / "runs", **arguments)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 700
-    assert [path.name for path in (tmp_path / "runs").glob("*")] in ([], [".lock"])
+    assert {path.name for path in (tmp_path / "runs").glob("*")} <= {".certify"}
 
 
 def test_missing_data_end_the_run(tmp_path, monkeypatch):
@@ -296,14 +321,9 @@ def test_missing_data_end_the_run(tmp_path, monkeypatch):
         run({**TINY, "dataset": "mnist"}, tmp_path / "runs", data_root=tmp_path / "nowhere")
 
 
-def test_an_output_folder_in_use_is_refused(tmp_path):
-    with lock_output(tmp_path), pytest.raises(StoreError, match=rf"output folder in use by process {os.getpid()} on "):
-        run(TINY, tmp_path)
-
-
 def test_an_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StoreError, match=r"file: cannot be locked"):
+    with pytest.raises(StoreError, match=r"file/.*: cannot be written \(Not a directory\)"):
         run(TINY, tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -312,7 +332,7 @@ def test_a_full_disk_ends_the_run_without_half_files(tmp_path, no_figures, monke
     honest = store.os.fsync
 
     def full(descriptor):
-        if os.fstat(descriptor).st_size > 2000:
+        if "resume.pt" in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         honest(descriptor)
 
@@ -320,7 +340,7 @@ def test_a_full_disk_ends_the_run_without_half_files(tmp_path, no_figures, monke
         patch.setattr(store.os, "fsync", full)
         with pytest.raises(CellError, match=r"resume.pt: cannot be written \(No space left on device\)"):
             run(TINY, tmp_path)
-    assert [path.name for path in only_folder(tmp_path).path.iterdir()] == ["config.json"]
+    assert {path.name for path in only_folder(tmp_path).path.iterdir()} == {"config.json", "log.txt", "lease.1"}
     run(TINY, tmp_path)
     assert only_folder(tmp_path).is_finished
 
@@ -347,3 +367,95 @@ def test_devices_of_this_machine_are_taken():
     check_device("cpu")
     with pytest.raises(ValueError, match="got 'cuda:99'"):
         check_device("cuda:99")
+
+
+def test_bad_ways_to_run_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="wait: only Slurm jobs can be left to themselves, got executor 'local'"):
+        run(TINY, tmp_path, executor="local", wait=False)
+    with pytest.raises(ValueError, match="slurm: unknown option 'partitions'"):
+        run(TINY, tmp_path, executor="slurm", slurm={"partitions": "gpu"})
+
+
+class Sharing(sweep._Silent):
+    """Takes note of what is said."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_a_cell_of_somebody_else_is_waited_for(tmp_path, no_figures, monkeypatch):
+    (cell,) = trials.cells_of(TINY)
+    lease = claim(RunFolder.of(tmp_path, cell).path, "another")
+    told, naps = Sharing(), []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) == 3:
+            work.run_cell(cell, Execution(output=str(tmp_path)))
+            lease.finish()
+            lease.__exit__(None, None, None)
+
+    with lease:
+        monkeypatch.setattr(sweep.time, "sleep", sleep)
+        assert len(run(TINY, tmp_path, watcher=told)) == 1
+    assert len(naps) == 3
+    assert told.said == [f"waiting for 1 cells on which others work (process {os.getpid()} on {socket.gethostname()})"]
+
+
+def test_a_cell_that_somebody_else_leaves_undone_is_run_here(tmp_path, no_figures, monkeypatch):
+    (cell,) = trials.cells_of(TINY)
+    lease = claim(RunFolder.of(tmp_path, cell).path, "another")
+    with lease:
+        monkeypatch.setattr(sweep.time, "sleep", lambda _: lease.__exit__(None, None, None))
+        run(TINY, tmp_path)
+    assert RunFolder.of(tmp_path, cell).is_finished
+
+
+def test_two_commands_on_one_folder_share_its_cells(tmp_path):
+    output = tmp_path / "runs"
+    settings = {**trials.LONG, "seeds": [0, 1, 2, 3]}
+    with (
+        trials.certify_run(settings, output, "--jobs", "1") as first,
+        trials.certify_run(settings, output, "--executor", "inline") as second,
+    ):
+        for process in (first, second):
+            out, err = process.communicate(timeout=150)
+            assert (process.returncode, err) == (0, "")
+            assert out.count("at eps") >= 4  # told of every cell, its own or not
+            assert "tables:" in out
+    assert trials.contents(output) == trials.unbroken(settings, tmp_path / "unbroken")
+    assert set(trials.begins(output).values()) == {1}
+    trials.assert_tidy(output)
+    assert pd.read_csv(output / "robustness.csv")["done"].tolist() == [4]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_ends_in_one_line_and_with_space_the_same_command_finishes(tmp_path):
+    disk, settings = tmp_path / "disk", {**trials.SMALL, "thresholds": [1.0], "seeds": [0, 1]}
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        output = disk / "runs"
+        (tmp_path / "spec.toml").write_text(RunSpec.from_mapping(settings).to_toml())
+        command = [sys.executable, "-c", "from speccert.cli import main; main()", "run", tmp_path / "spec.toml"]
+        command += ["-o", output, "--jobs", "2"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 1
+        assert len(ended.stderr.splitlines()) == 1
+        assert "No space left on device" in ended.stderr
+        assert not [path for path in output.rglob("*") if ".tmp" in path.name or path.name.startswith(".lease")]
+        assert not list(output.glob("*/failed.json"))
+        for path in output.glob("*/*.json"):
+            json.loads(path.read_text())
+        subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert (ended.returncode, ended.stderr) == (0, "")
+        assert "waiting for" not in ended.stdout  # for an owner that has gone
+        assert trials.contents(output) == trials.unbroken(settings, tmp_path / "unbroken")
+        trials.assert_tidy(output)
+    finally:
+        subprocess.run(["umount", disk], check=True)
