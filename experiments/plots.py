@@ -19,6 +19,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .config import BASELINES, CONSTRAINTS
+from .grouping import half_width
 from .store import RunFolder, write_atomic
 from .tables import Runs, collect_runs, differing_settings
 
@@ -82,8 +83,7 @@ def write_figures(runs: Runs, folder: str | Path) -> list[Path]:
     Raises:
         ValueError: no finished run, a damaged run folder, or a folder that cannot be written.
     """
-    frame = collect_runs(runs)
-    finished = frame[frame["finished"].eq(True)]
+    finished = _finished(runs)
     differing = differing_settings(finished)
     if differing:
         settings = finished[differing].to_dict("records")
@@ -136,7 +136,7 @@ def plot_sandwich(runs: Runs, eps: float) -> "Figure":
     """Clean, worst observed and certified accuracy at one eps over the thresholds, the gap between the last two filled.
 
     The true robust accuracy lies in the filled area. A panel a constraint; the baselines stand at its right. Points are
-    means over the seeds, bars their sample standard deviation.
+    means over the seeds, bars the 95 % intervals of these means (see `half_width`), none where there is one seed.
 
     Args:
         runs: an output folder, several, or the frame of `find_runs`.
@@ -250,10 +250,7 @@ def save_figure(figure: "Figure", path: str | Path, *, dpi: int = 200) -> tuple[
 
 def _panels(runs: Runs) -> tuple[dict[str, list[_Series]], str]:
     """Series by panel (a constraint, or "baselines" for all of these), and the norm of the runs."""
-    frame = collect_runs(runs)
-    frame = frame[frame["finished"].eq(True)]
-    if frame.empty:
-        raise ValueError("expected at least one finished run, got none")
+    frame = _finished(runs)
     if differing := differing_settings(frame):
         raise ValueError(
             f"expected runs that differ in constraint, threshold and seed only, got {', '.join(differing)}"
@@ -267,6 +264,14 @@ def _panels(runs: Runs) -> tuple[dict[str, list[_Series]], str]:
         one = _series(constraint, threshold, thresholds, group)
         panels.setdefault(panel, []).append(one)
     return panels, str(frame["norm"].iloc[0])
+
+
+def _finished(runs: Runs) -> pd.DataFrame:
+    frame = collect_runs(runs)
+    frame = frame[frame["finished"].eq(True)]
+    if frame.empty:
+        raise ValueError("expected at least one finished run, got none")
+    return frame if "diverged" in frame else frame.assign(diverged=False)
 
 
 def _series(constraint: str, threshold: float, thresholds: Sequence[float], group: pd.DataFrame) -> _Series:
@@ -311,10 +316,10 @@ def _hit(samples: _Samples) -> NDArray[np.bool_]:
 
 @dataclasses.dataclass(frozen=True)
 class _Point:
-    """Accuracies in percent at one eps: mean and standard deviation over the seeds."""
+    """Accuracies in percent at one eps: mean over the seeds, and half-width of its 95 % interval."""
 
     mean: tuple[float, float, float]  # clean, observed, certified
-    deviation: tuple[float, float, float]
+    half: tuple[float, float, float]  # 0 for one seed
 
     @classmethod
     def of(cls, runs: Sequence[_Samples], eps: float) -> "_Point":
@@ -322,21 +327,21 @@ class _Point:
             return cls((math.nan,) * 3, (0.0,) * 3)
         at = np.array([eps])
         values = [[run.correct.mean(), run.observed(at)[0], run.certified(at)[0]] for run in runs]
-        spread = np.std(values, axis=0, ddof=1) if len(runs) > 1 else np.zeros(3)
+        half = half_width(np.std(values, axis=0, ddof=1), np.full(3, len(runs))) if len(runs) > 1 else np.zeros(3)
         clean, observed, certified = (100 * np.mean(values, axis=0)).tolist()
-        return cls((clean, observed, certified), tuple((100 * spread).tolist()))
+        return cls((clean, observed, certified), tuple((100 * half).tolist()))
 
 
 def _draw_sandwich(axes: "Axes", positions: Sequence[int], points: Sequence[_Point]) -> None:
     if not points:
         return
-    means, deviations = (np.array(rows).T for rows in zip(*((p.mean, p.deviation) for p in points), strict=True))
+    means, halves = (np.array(rows).T for rows in zip(*((p.mean, p.half) for p in points), strict=True))
     looks = (("s", ":", _CLEAN), ("o", _DASHED, _OBSERVED), ("^", "-", _CERTIFIED))
-    for mean, deviation, (marker, style, colour) in zip(means, deviations, looks, strict=True):
+    for mean, half, (marker, style, colour) in zip(means, halves, looks, strict=True):
         axes.errorbar(
             positions,
             mean,
-            deviation,
+            half,
             color=colour,
             marker=marker,
             linestyle=style,

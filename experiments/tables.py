@@ -1,47 +1,42 @@
-"""The table of a sweep: certified and observed robustness side by side, made from run folders alone.
+"""The tables of a study: certified and observed robustness side by side, made from run folders alone.
 
-`robustness_table` gives plain numbers (fractions, raw input units); the writers show them to people, in percent and cut
-into blocks that fit a page.
+`robustness_table` and `pivot_table` give plain numbers (fractions, raw input units), and the state of what is missing;
+`table_writers` shows them to people.
 """
 
-import dataclasses
+import difflib
 import math
-import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
 import pandas as pd
 
-from .config import ATTACKS, CONSTRAINTS, FIELDS
-from .store import find_runs, write_atomic
+from .config import ATTACKS, FIELDS
+from .grouping import config_labels, group_ids, group_runs, in_order
+from .index import find_runs
 
-if TYPE_CHECKING:
-    from rich.console import Console
+__all__ = [
+    "DISTANCES",
+    "NAMES",
+    "OVERVIEW",
+    "Runs",
+    "collect_runs",
+    "differing_settings",
+    "pivot_table",
+    "robustness_table",
+]
 
 Runs: TypeAlias = str | Path | Sequence[str | Path] | pd.DataFrame  # output folder(s), or what find_runs gave
 
-_MISSING = "\N{EN DASH}"
-_NAMES = ("dataset", "model", "norm")  # always columns of the table, shown only where they differ
-_SPANNED = ("constraint", "threshold", "seed")
-_OVERVIEW = ("clean_accuracy", "lipschitz_upper", "lipschitz_lower", "gradient_norm", "step_ratio")
-_DISTANCES = ("mean_certified_radius", "mean_certified_radius_attacked", "mean_distance", "tightness")
+NAMES = ("dataset", "model", "norm")  # always columns of the robustness table, shown only where they differ
+OVERVIEW = ("clean_accuracy", "lipschitz_upper", "lipschitz_lower", "gradient_norm", "step_ratio")
+DISTANCES = ("mean_certified_radius", "mean_certified_radius_attacked", "mean_distance", "tightness")
+
 _COUNTS = ("test_count", "attacked_count")
-_HEADERS = {
-    "clean_accuracy": "clean (%)",
-    "lipschitz_upper": "Lipschitz bound",
-    "lipschitz_lower": "lower estimate",
-    "gradient_norm": "gradient norm",
-    "step_ratio": "step time ratio",
-    "mean_certified_radius": "certified radius",
-    "mean_certified_radius_attacked": "certified radius (attacked)",
-    "mean_distance": "smallest distance",
-    "tightness": "tightness",
-    "certified_accuracy": "certified",
-    "certified_accuracy_attacked": "certified (attacked)",
-    "worst_case_accuracy": "worst case",
-}
-_LATEX = str.maketrans({"±": r"$\pm$", "∞": r"$\infty$", _MISSING: "--", "ε": r"$\varepsilon$"})
+_SPANNED = ("constraint", "threshold", "seed")
+_BOOKKEEPING = ("folder", "id", "state", "finished", "error")
 
 
 def collect_runs(runs: Runs) -> pd.DataFrame:
@@ -54,7 +49,11 @@ def collect_runs(runs: Runs) -> pd.DataFrame:
         frame = runs
     else:
         folders = [runs] if isinstance(runs, str | Path) else list(runs)
-        frame = pd.concat([find_runs(folder) for folder in folders], ignore_index=True) if folders else pd.DataFrame()
+        # Without all-missing columns, whose type pandas would have to guess.
+        found = [find_runs(folder) for folder in folders]
+        names = list(dict.fromkeys(name for one in found for name in one.columns))
+        parts = [one.dropna(axis="columns", how="all") for one in found if len(one)]
+        frame = pd.concat(parts, ignore_index=True).reindex(columns=names) if parts else pd.DataFrame()
     if frame.empty:
         raise ValueError("expected at least one run, got none")
     if frame["id"].duplicated().any():
@@ -70,227 +69,154 @@ def differing_settings(frame: pd.DataFrame) -> list[str]:
     """
     found = []
     for field in (name for name in FIELDS if name in frame.columns and name not in _SPANNED):
-        values = frame[field].map(_hashable)
-        within = values.groupby(frame["constraint"]).nunique(dropna=False).gt(1).any()
-        if within or (field in _NAMES and values.nunique(dropna=False) > 1):
+        values = config_labels(frame, [field])[field]
+        if values.nunique(dropna=False) < 2:
+            continue
+        if field in NAMES or values.groupby(frame["constraint"]).nunique(dropna=False).gt(1).any():
             found.append(field)
     return found
 
 
-def robustness_table(runs: Runs, *, aggregate: bool = True, eps: Iterable[float] | None = None) -> pd.DataFrame:
+def robustness_table(
+    runs: Runs,
+    *,
+    aggregate: bool = True,
+    eps: Iterable[float] | None = None,
+    by: str | Sequence[str] | None = None,
+) -> pd.DataFrame:
     """One row a constraint and threshold (and each other setting that differs), sorted, with threshold inf last.
 
-    Columns: `dataset`, `model`, `norm`, the differing settings, `constraint`, `threshold`; `runs` (their number) where
-    aggregated, else `seed`; `status` (empty, or how many runs diverged or are unfinished); then the results named as
-    in `summary.json`, NaN where undefined. Where aggregated a result is the mean over the seeds that have it, and
-    `<result>_std` their sample standard deviation (NaN for one).
+    Columns: `dataset`, `model`, `norm`, the differing settings, `constraint`, `threshold`, or those of `by`; where
+    aggregated `runs`, how many are planned, and `done`, how many of them are finished, else `seed`; `status`, empty
+    where all is well, else how many runs diverged, failed or are not finished, or whose certificate broke; then the
+    results named as in `summary.json`, NaN where there is none. Where aggregated a result is the mean over the finished
+    runs that have it, and `<result>_ci95` the half-width of its interval, see `half_width`.
 
     Args:
         runs: an output folder, several, or the frame of `find_runs`.
         aggregate: one row for all seeds.
         eps: the eps values to show, in raw input units; all if None.
+        by: config fields; one row each combination of their values, over all runs that share it.
 
     Raises:
-        ValueError: no run, a damaged run folder, or an eps at which nothing was evaluated.
+        ValueError: no run, a damaged run folder, an eps at which nothing was evaluated, an unknown field, or `by`
+            without `aggregate`.
     """
+    if by is not None and not aggregate:
+        raise ValueError("a row a seed needs seed among the fields of by, got by together with aggregate=False")
     frame = collect_runs(runs)
-    extra = [field for field in differing_settings(frame) if field not in _NAMES]
-    keys = [*_NAMES, *extra, "constraint", "threshold"] + ([] if aggregate else ["seed"])
+    if by is None:
+        extra = [field for field in differing_settings(frame) if field not in NAMES]
+        keys = [*NAMES, *extra, "constraint", "threshold"] + ([] if aggregate else ["seed"])
+    else:
+        keys = _fields(by)
     metrics = _metrics(frame, eps)
-    frame = frame.reindex(columns=[*FIELDS, "finished", "diverged", *metrics])
-    frame[list(FIELDS)] = frame[list(FIELDS)].map(_hashable)
-    identity = [field for field in FIELDS if field != "seed" or not aggregate]
-    groups = [group for _, group in frame.groupby(identity, sort=False, dropna=False)]
-    table = pd.DataFrame([_row(group, keys, metrics, aggregate=aggregate) for group in groups])
-    order = {name: position for position, name in enumerate(CONSTRAINTS)}
-    return table.sort_values(
-        keys, key=lambda column: column.map(order) if column.name == "constraint" else column, ignore_index=True
-    )
+    table = in_order(group_runs(frame, keys, metrics), keys).reset_index(drop=True)
+    return table if aggregate else table[[*keys, "status", *metrics]]
 
 
-def write_table(table: pd.DataFrame, path: str | Path) -> None:
-    """Write the table as its ending says: .csv (all digits), .md (GitHub) or .tex (booktabs).
+def pivot_table(
+    runs: Runs,
+    rows: str | Sequence[str],
+    columns: str | Sequence[str],
+    value: str,
+    *,
+    eps: float | None = None,
+) -> pd.DataFrame:
+    """One result over two sets of config fields: means over all finished runs that share their values.
+
+    Columns: the fields of `rows`; then for each combination of the values of `columns`, written as in
+    `[threshold=0.5, norm=l2]`, `<value>[…]`, `<value>_ci95[…]` (see `half_width`), `runs[…]`, how many are planned, 0
+    where the study has none there, and `status[…]`, as in `robustness_table`.
+
+    Args:
+        runs: an output folder, several, or the frame of `find_runs`.
+        rows: config fields.
+        columns: other config fields.
+        value: a result named as in `summary.json`.
+        eps: of a result named without its eps: "certified_accuracy" at 0.3 is "certified_accuracy_eps_0.3".
 
     Raises:
-        ValueError: another ending, or a folder that cannot be written.
+        ValueError: no run, a damaged run folder, an unknown field or result, or a field in both rows and columns.
     """
-    writers = {".csv": to_csv, ".md": to_markdown, ".tex": to_latex}
-    writer = writers.get(Path(path).suffix)
-    if writer is None:
-        raise ValueError(f"{path}: expected a table named {', '.join('*' + suffix for suffix in writers)}")
-    write_atomic(path, writer(table).encode())
+    down, across = _fields(rows), _fields(columns)
+    if twice := [field for field in down if field in across]:
+        raise ValueError(f"expected every field in rows or in columns, got {', '.join(twice)} in both")
+    frame = collect_runs(runs)
+    name = value if eps is None else f"{value}_eps_{eps:g}"
+    _refuse_unknown("result", [name], _results(frame))
+    cells = in_order(group_runs(frame, [*down, *across], [name]), [*down, *across]).reset_index(drop=True)
+    row = group_ids(cells, down)
+    column = group_ids(in_order(cells, across), across).sort_index()
+    wide = cells[[name, f"{name}_ci95", "runs", "status"]].set_index([row, column]).unstack()
+    filled = {"runs": wide["runs"].fillna(0).astype(int), "status": wide["status"].fillna("")}
+    firsts = cells[across].loc[column.drop_duplicates().sort_values().index]
+    heads = [_head(across, values) for values in firsts.itertuples(index=False)]
+    parts = {
+        f"{part}[{head}]": filled.get(part, wide[part])[at]
+        for at, head in enumerate(heads)
+        for part in (name, f"{name}_ci95", "runs", "status")
+    }
+    labels = cells.loc[~row.duplicated(), down].reset_index(drop=True)
+    return pd.DataFrame({key: labels[key] for key in down} | parts)
 
 
-def to_csv(table: pd.DataFrame) -> str:
-    """Plain numbers with all digits; what is undefined is an empty cell."""
-    return table.to_csv(index=False, lineterminator="\n")
+def _head(keys: Sequence[str], values: Iterable[Any]) -> str:
+    """A combination of values as text; different values never agree in it."""
+    return ", ".join(f"{key}={_exact(value)}" for key, value in zip(keys, values, strict=True))
 
 
-def to_markdown(table: pd.DataFrame) -> str:
-    """GitHub tables, one a block, each under a bold title."""
-    from tabulate import tabulate
-
-    parts = []
-    for block in _blocks(table, math.inf):
-        rows = [[cell.replace("|", "\\|") for cell in row] for row in block.rows]
-        text = tabulate(rows, block.headers, "github", disable_numparse=True, colalign=block.align)
-        parts.append(f"**{block.title}**\n\n{text}\n")
-    return "\n".join(parts)
-
-
-def to_latex(table: pd.DataFrame) -> str:
-    """One `table` environment a block; needs the LaTeX package booktabs."""
-    from tabulate import tabulate
-
-    parts = []
-    for block in _blocks(table, math.inf):
-        text = tabulate(block.rows, block.headers, "latex_booktabs", disable_numparse=True, colalign=block.align)
-        title = re.sub(r"([%_&#])", r"\\\1", block.title)
-        parts.append(f"\\begin{{table}}\n\\centering\n\\caption{{{title}}}\n{text}\n\\end{{table}}\n")
-    return "\n".join(parts).translate(_LATEX)
-
-
-def print_table(table: pd.DataFrame, console: "Console | None" = None) -> None:
-    """Show the table in a terminal, in blocks as wide as it; 100 columns or more read well."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    console = console or Console()
-    for block in _blocks(table, console.width):
-        shown = Table(title=block.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for header, align in zip(block.headers, block.align, strict=True):
-            shown.add_column(header.replace(" ", "\n"), justify=align, no_wrap=True)
-        for row in block.rows:
-            shown.add_row(*row, style="red" if any("diverged" in cell for cell in row) else None)
-        console.print(shown)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """A part of the table as people read it."""
-
-    title: str
-    headers: list[str]
-    rows: list[list[str]]
-    align: list[Literal["left", "right"]]
-
-
-def _hashable(value: Any) -> Any:
-    return ", ".join(_text(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def _text(value: Any) -> str:
-    """A label as people read it."""
-    if isinstance(value, float):
-        return _MISSING if math.isnan(value) else "∞" if math.isinf(value) else format(value, "g")
-    return _MISSING if value is None else str(value)
+def _exact(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    short = format(value, "g")
+    return "unset" if math.isnan(value) else short if float(short) == value else repr(value)
 
 
 def _metrics(frame: pd.DataFrame, chosen: Iterable[float] | None) -> list[str]:
-    """Names of all results, in the order of the table."""
-    known = {format(eps, "g"): eps for cell in frame.get("eps", []) if isinstance(cell, list | tuple) for eps in cell}
+    """Names of the table's results, in its order."""
+    known = {format(eps, "g"): eps for eps in _items(frame, "eps")}
     keys = sorted(known, key=lambda key: known[key])
     if chosen is not None:
         keys = [format(eps, "g") for eps in sorted(chosen)]
         if absent := [key for key in keys if key not in known]:
             raise ValueError(f"nothing was evaluated at eps {', '.join(absent)}, expected some of {', '.join(known)}")
-    used = {name for cell in frame.get("attacks", []) if isinstance(cell, list | tuple) for name in cell}
+    used = _items(frame, "attacks")
     attacks = [f"accuracy_{name}" for name in ATTACKS if name in used]
     kinds = ["certified_accuracy", "certified_accuracy_attacked", "worst_case_accuracy", *attacks]
-    return [*_OVERVIEW, *_DISTANCES, *_COUNTS, *(f"{kind}_eps_{key}" for key in keys for kind in kinds)]
+    return [*OVERVIEW, *DISTANCES, *_COUNTS, *(f"{kind}_eps_{key}" for key in keys for kind in kinds)]
 
 
-def _row(group: pd.DataFrame, keys: Sequence[str], metrics: Sequence[str], *, aggregate: bool) -> dict[str, Any]:
-    numbers = group[list(metrics)].apply(pd.to_numeric)
-    row = {key: group[key].iloc[0] for key in keys}
-    if aggregate:
-        row["runs"] = len(group)
-    row["status"] = _status(group)
-    for metric in metrics:
-        row[metric] = numbers[metric].mean()
-        if aggregate:
-            row[f"{metric}_std"] = numbers[metric].std()
-    return row
+def _items(frame: pd.DataFrame, field: str) -> set[Any]:
+    """All values in the lists of a field."""
+    cells = frame.get(field, ())
+    return {item for cell in cells if isinstance(cell, list | tuple | np.ndarray) for item in cell}
 
 
-def _status(group: pd.DataFrame) -> str:
-    counts = {
-        "diverged": int(group["diverged"].eq(True).sum()),
-        "unfinished": int(group["finished"].ne(True).sum()),
-    }
-    of = f" of {len(group)}" if len(group) > 1 else ""
-    return ", ".join(f"{count}{of} {name}" if of else name for name, count in counts.items() if count)
+def _results(frame: pd.DataFrame) -> list[str]:
+    """Names of all results that are numbers, those of the table first."""
+    first = _metrics(frame, None)
+    others = [name for name in frame.columns if name not in {*first, *FIELDS, *_BOOKKEEPING}]
+    return first + [name for name in others if _is_numeric(frame[name].dropna())]
 
 
-def _blocks(table: pd.DataFrame, width: float) -> list[_Block]:
-    """Cut the columns into accuracy and bounds, distances, and one block an eps, each with the rows' labels."""
-    constant = [name for name in _NAMES if table[name].nunique(dropna=False) == 1]
-    setting = ", ".join(_text(table[name].iloc[0]) for name in constant)
-    columns = [str(name) for name in table.columns]
-    start = columns.index("status")
-    hidden = {*constant, *(["runs"] if "runs" in columns and table["runs"].max() == 1 else [])}
-    labels = [name for name in columns[:start] if name not in hidden]
-    labels += ["status"] if table["status"].ne("").any() else []
-    subset = bool((table["attacked_count"] < table["test_count"]).any())
-    groups = {
-        "accuracy and bounds": list(_OVERVIEW),
-        "means in input units": list(_DISTANCES),
-    }
-    for metric in columns[start:]:
-        _, _, key = metric.partition("_eps_")
-        if key and not key.endswith("_std"):
-            groups.setdefault(f"accuracy (%) at ε = {key}", []).append(metric)
-    return [
-        _block(table, f"{setting}: {title}" if setting else title, labels, chunk)
-        for title, metrics in groups.items()
-        for chunk in _chunks(table, labels, [name for name in metrics if subset or "_attacked" not in name], width)
-    ]
+def _is_numeric(values: "pd.Series[Any]") -> bool:
+    return len(values) > 0 and all(isinstance(value, int | float | np.number | np.bool_) for value in values)
 
 
-def _chunks(table: pd.DataFrame, labels: Sequence[str], metrics: Sequence[str], width: float) -> list[list[str]]:
-    """Share the columns out so that each block, with the labels, fits the width."""
-    rows = table.to_dict("records")
-    used = sum(_width(label, [_text(row[label]) for row in rows]) for label in labels)
-    chunks: list[list[str]] = []
-    room = 0.0
-    for metric in metrics:
-        needed = _width(_header(metric), [_cell(row, metric) for row in rows])
-        if needed > room or not chunks:
-            chunks.append([])
-            room = width - used
-        chunks[-1].append(metric)
-        room -= needed
-    return chunks
+def _fields(names: str | Sequence[str]) -> list[str]:
+    """Config fields to group by, checked."""
+    fields = [names] if isinstance(names, str) else list(names)
+    if not fields or len(set(fields)) < len(fields):
+        raise ValueError(f"expected one or more different config fields, got {', '.join(fields) or 'none'}")
+    _refuse_unknown("config field", fields, FIELDS)
+    return fields
 
 
-def _width(header: str, cells: Sequence[str]) -> int:
-    """Characters of a column with its padding, its header broken at every space."""
-    return 3 + max(map(len, [*header.split(), *cells]))
-
-
-def _block(table: pd.DataFrame, title: str, labels: Sequence[str], metrics: Sequence[str]) -> _Block:
-    headers = [*labels, *(_header(metric) for metric in metrics)]
-    rows = [
-        [*(_text(row[label]) for label in labels), *(_cell(row, metric) for metric in metrics)]
-        for row in table.to_dict("records")
-    ]
-    numeric = {"threshold", "seed", "runs", *metrics}
-    align: list[Literal["left", "right"]]
-    align = ["right" if name in numeric else "left" for name in [*labels, *metrics]]
-    return _Block(title, headers, rows, align)
-
-
-def _header(metric: str) -> str:
-    kind = metric.partition("_eps_")[0]
-    return _HEADERS.get(kind, kind.removeprefix("accuracy_"))
-
-
-def _cell(row: Mapping[Hashable, Any], metric: str) -> str:
-    """Mean, with the deviation where there is one; accuracies in percent."""
-    mean, deviation = row[metric], row.get(f"{metric}_std", math.nan)
-    if math.isnan(mean):
-        return _MISSING
-    if "accuracy" in metric:
-        return f"{100 * mean:.1f}" + ("" if math.isnan(deviation) else f" ± {100 * deviation:.1f}")
-    return f"{mean:.4g}" if math.isnan(deviation) else f"{mean:.3g} ± {deviation:.1g}"
+def _refuse_unknown(kind: str, given: Sequence[str], allowed: Sequence[str]) -> None:
+    unknown = [name for name in given if name not in allowed]
+    if not unknown:
+        return
+    hints = ((name, difflib.get_close_matches(name, allowed, n=2)) for name in unknown)
+    named = ", ".join(repr(name) + (f" (did you mean {' or '.join(close)}?)" if close else "") for name, close in hints)
+    raise ValueError(f"unknown {kind} {named}; allowed: {', '.join(allowed)}")

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from speccert.experiments.config import CellConfig, RunSpec
+from speccert.experiments.config import CellConfig
 from speccert.experiments.plots import (
     plot_accuracy_over_eps,
     plot_gradient_norms,
@@ -15,7 +15,9 @@ from speccert.experiments.plots import (
     save_figure,
     write_figures,
 )
+from speccert.experiments.spec import RunSpec
 from speccert.experiments.store import RunFolder
+from speccert.experiments.tables import collect_runs
 
 PLOTS = {
     "eps": plot_accuracy_over_eps,
@@ -114,7 +116,7 @@ def test_sandwich_points_by_hand(tmp_path):
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "∞", "none"]
 
 
-def test_sandwich_error_bars_are_the_deviation_over_seeds(tmp_path):
+def test_sandwich_error_bars_are_the_interval_over_seeds(tmp_path):
     finish(tmp_path, CellConfig(seed=0))
     finish(tmp_path, CellConfig(seed=1), radius=[0.0] * 8 + [0.9] * 2)
     (axes,) = plot_sandwich(tmp_path, 0.3).axes
@@ -122,7 +124,7 @@ def test_sandwich_error_bars_are_the_deviation_over_seeds(tmp_path):
     assert certified.lines[0].get_ydata()[0] == pytest.approx(25 / 2)
     (bar,) = certified.lines[2]
     low, high = bar.get_segments()[0][:, 1]
-    assert (high - low) / 2 == pytest.approx(25 / math.sqrt(2))
+    assert (high - low) / 2 == pytest.approx(12.7062 * 25 / 2, rel=1e-5)  # t for two seeds, s / sqrt(2) = 25 / 2
 
 
 @pytest.mark.parametrize("eps", [-0.1, math.nan, math.inf])
@@ -211,6 +213,29 @@ def test_runs_of_two_models_are_refused(sweep, kind):
     finish(sweep, CellConfig(model="liresnet", eps=(0.3,)))
     with pytest.raises(ValueError, match="differ in constraint, threshold and seed only, got model"):
         PLOTS[kind](sweep)
+
+
+def test_one_seed_has_no_error_bar(tmp_path):
+    finish(tmp_path, CellConfig())
+    (axes,) = plot_sandwich(tmp_path, 0.3).axes
+    (bar,) = axes.containers[2].lines[2]
+    low, high = bar.get_segments()[0][:, 1]
+    assert low == high == 25
+
+
+@pytest.mark.parametrize("kind", PLOTS)
+def test_states_and_missing_columns_are_borne(sweep, kind):
+    frame = collect_runs(sweep)
+    before = len(PLOTS[kind](frame).axes)
+    planned = frame.iloc[:1].assign(id="0" * 12, folder="none", state="pending", finished=False, threshold=9.0)
+    frame = pd.concat([frame, planned]).drop(columns="diverged")
+    assert len(PLOTS[kind](frame).axes) == before
+
+
+def test_figures_of_a_study_of_which_nothing_is_finished_are_refused(tmp_path):
+    RunFolder.of(tmp_path, CellConfig()).create(CellConfig())
+    with pytest.raises(ValueError, match="expected at least one finished run, got none"):
+        write_figures(tmp_path, tmp_path / "figures")
 
 
 @pytest.mark.parametrize("kind", PLOTS)

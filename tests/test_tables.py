@@ -1,225 +1,266 @@
-import csv
-import io
 import math
-import re
+import subprocess
+import sys
 
+import numpy as np
+import pandas as pd
 import pytest
-from rich.console import Console
+from frames import RESULTS, cell, frame, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from speccert.experiments.config import CellConfig, RunSpec
+from speccert.experiments.spec import RunSpec
 from speccert.experiments.store import RunFolder
-from speccert.experiments.tables import print_table, robustness_table, to_csv, to_latex, to_markdown, write_table
-
-RESULTS = {
-    "clean_accuracy": 0.9,
-    "lipschitz_upper": 2.0,
-    "lipschitz_lower": 1.5,
-    "certified_accuracy_eps_0.3": 0.5,
-    "certified_accuracy_attacked_eps_0.3": 0.48,
-    "worst_case_accuracy_eps_0.3": 0.6,
-    "accuracy_pgd_eps_0.3": 0.62,
-    "accuracy_ddn_eps_0.3": 0.61,
-    "mean_certified_radius": 0.32,
-    "mean_certified_radius_attacked": 0.3,
-    "mean_distance": 0.4,
-    "tightness": 0.75,
-    "gradient_norm": 0.05,
-    "step_ratio": 1.1,
-    "test_count": 100,
-    "attacked_count": 50,
-    "diverged": False,
-}
+from speccert.experiments.tables import collect_runs, pivot_table, robustness_table
 
 
-def finish(output, cell, **changes):
-    folder = RunFolder.of(output, cell)
-    folder.create(cell)
+def finish(output, config, **changes):
+    folder = RunFolder.of(output, config)
+    folder.create(config)
     folder.write_summary({**RESULTS, **changes})
 
 
-def cell(**settings):
-    return CellConfig(**{"eps": (0.3,), "attacks": ("pgd", "ddn"), **settings})
-
-
-def lines(text):
-    return [
-        [part.strip() for part in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("|")
+def test_rows_are_sorted_by_constraint_and_threshold_with_infinity_last():
+    thresholds = [math.inf, 4.0, 0.5, 10.0]
+    runs = [run(constraint=name, threshold=at) for name in ("clip", "cap") for at in thresholds]
+    table = robustness_table(frame(run(constraint="none", threshold=math.inf), *runs))
+    expected = [(name, threshold) for name in ("cap", "clip") for threshold in sorted(thresholds)] + [
+        ("none", math.inf)
     ]
-
-
-def test_rows_are_sorted_by_constraint_and_threshold_with_infinity_last(tmp_path):
-    for one in RunSpec.from_mapping(
-        {"constraints": ["none", "clip", "cap"], "thresholds": [math.inf, 4, 0.5, 10], "eps": [0.3]}
-    ).cells():
-        finish(tmp_path, one)
-    table = robustness_table(tmp_path)
-    thresholds = [0.5, 4.0, 10.0, math.inf]
-    expected = [(name, threshold) for name in ("cap", "clip") for threshold in thresholds] + [("none", math.inf)]
     assert list(zip(table["constraint"], table["threshold"], strict=True)) == expected
 
 
-def test_mean_and_sample_deviation_over_seeds(tmp_path):
-    for seed, accuracy in enumerate([0.8, 0.9, 0.85]):
-        finish(tmp_path, cell(seed=seed), clean_accuracy=accuracy)
-    (row,) = robustness_table(tmp_path).to_dict("records")
-    assert row["runs"] == 3
-    assert row["clean_accuracy"] == pytest.approx(0.85, abs=1e-15)
-    assert row["clean_accuracy_std"] == pytest.approx(0.05, abs=1e-15)  # sqrt((0.05² + 0.05²) / 2)
-    assert row["tightness_std"] == 0
-    assert "85.0 ± 5.0 |" in to_markdown(robustness_table(tmp_path))
-
-
-def test_a_row_a_seed(tmp_path):
-    for seed in (1, 0):
-        finish(tmp_path, cell(seed=seed), clean_accuracy=0.5 + 0.1 * seed)
-    table = robustness_table(tmp_path, aggregate=False)
-    assert table["seed"].tolist() == [0, 1]
-    assert table["clean_accuracy"].tolist() == [0.5, 0.6]
+def test_columns_and_means():
+    runs = frame(*(run(seed=seed, results={"clean_accuracy": value}) for seed, value in enumerate([0.8, 0.9])))
+    table = robustness_table(runs)
+    labels = ["dataset", "model", "norm", "constraint", "threshold", "runs", "done", "status"]
+    assert table.columns[:10].tolist() == [*labels, "clean_accuracy", "clean_accuracy_ci95"]
+    assert "accuracy_ddn_eps_0.3_ci95" in table.columns
+    (row,) = table.to_dict("records")
+    assert row["clean_accuracy"] == pytest.approx(0.85)
+    assert row["clean_accuracy_ci95"] == pytest.approx(12.7062 * 0.05, rel=1e-5)  # s / sqrt(2) = 0.05
     assert not [name for name in table.columns if name.endswith("_std")]
 
 
-def test_one_run_has_no_deviation(tmp_path):
-    finish(tmp_path, cell())
-    assert math.isnan(robustness_table(tmp_path)["clean_accuracy_std"].item())
-    assert "±" not in to_markdown(robustness_table(tmp_path))
+def test_a_row_a_seed():
+    table = robustness_table(
+        frame(*(run(seed=seed, results={"clean_accuracy": 0.5 + 0.1 * seed}) for seed in (1, 0))), aggregate=False
+    )
+    assert table["seed"].tolist() == [0, 1]
+    assert table["clean_accuracy"].tolist() == [0.5, 0.6]
+    assert not [name for name in table.columns if name.endswith("_ci95") or name in ("runs", "done")]
 
 
-def test_cells_of_the_shown_table(tmp_path):
-    finish(tmp_path, cell())
-    text = to_markdown(robustness_table(tmp_path))
-    overview, distances, accuracy = (lines(part) for part in re.split(r"\*\*.*\*\*", text)[1:])
-    assert overview[0] == [
-        "constraint",
-        "threshold",
-        "clean (%)",
-        "Lipschitz bound",
-        "lower estimate",
-        "gradient norm",
-        "step time ratio",
+def test_one_run_has_no_interval():
+    assert math.isnan(robustness_table(frame(run()))["clean_accuracy_ci95"].item())
+
+
+def test_cells_that_are_not_finished_are_rows():
+    runs = frame(
+        run(seed=0),
+        run("failed", "out of memory", seed=1),
+        run("pending", threshold=2.0),
+        run("failed", "certificate broken: sample 3", threshold=3.0),
+        run("running", threshold=4.0, seed=0),
+        run("pending", threshold=4.0, seed=1),
+    )
+    table = robustness_table(runs)
+    assert table["threshold"].tolist() == [1, 2, 3, 4]
+    assert table["runs"].tolist() == [2, 1, 1, 2]
+    assert table["done"].tolist() == [1, 0, 0, 0]
+    assert table["status"].tolist() == [
+        "1 of 2 failed",
+        "pending",
+        "certificate broken",
+        "1 of 2 running, 1 of 2 pending",
     ]
-    assert overview[2] == ["cap", "1", "90.0", "2", "1.5", "0.05", "1.1"]
-    assert distances[2] == ["cap", "1", "0.32", "0.3", "0.4", "0.75"]
-    assert accuracy[0][2:] == ["certified", "certified (attacked)", "worst case", "pgd", "ddn"]
-    assert accuracy[2] == ["cap", "1", "50.0", "48.0", "60.0", "62.0", "61.0"]
-    assert "**digits, mlp, l2: accuracy (%) at ε = 0.3**" in text
+    assert table["clean_accuracy"].isna().tolist() == [False, True, True, True]
 
 
-def test_attacked_columns_are_shown_for_a_subset_only(tmp_path):
-    finish(tmp_path, cell(), attacked_count=100)
-    table = robustness_table(tmp_path)
-    assert "attacked" not in to_markdown(table)
-    assert "certified_accuracy_attacked_eps_0.3" in table.columns
+def test_a_study_of_which_nothing_is_finished_has_all_its_rows_and_columns():
+    table = robustness_table(frame(run("pending"), run("pending", threshold=2.0)))
+    assert table["status"].tolist() == ["pending", "pending"]
+    assert table["certified_accuracy_eps_0.3"].isna().all()
 
 
-def test_unfinished_diverged_and_undefined_are_shown(tmp_path):
-    finish(tmp_path, cell(seed=0))
-    finish(tmp_path, cell(seed=1), diverged=True, clean_accuracy=None)
-    RunFolder.of(tmp_path, cell(seed=2)).create(cell(seed=2))
-    finish(tmp_path, cell(threshold=2.0), tightness=None, diverged=True)
-    RunFolder.of(tmp_path, cell(threshold=3.0)).create(cell(threshold=3.0))
-    table = robustness_table(tmp_path)
-    assert table["status"].tolist() == ["1 of 3 diverged, 1 of 3 unfinished", "diverged", "unfinished"]
-    assert table["clean_accuracy"].tolist()[:2] == [0.9, 0.9]
-    assert table["tightness"].isna().tolist() == [False, True, True]
-    rows = [row for row in lines(to_markdown(table)) if "unfinished" in row]
-    assert rows
-    assert all(set(row[4:]) == {"\N{EN DASH}"} for row in rows)
-
-
-def test_runs_that_differ_otherwise_are_kept_apart(tmp_path):
-    finish(tmp_path, cell(), clean_accuracy=0.1)
-    finish(tmp_path, cell(width=32), clean_accuracy=0.2)
-    finish(tmp_path, cell(constraint="weight-decay", threshold=math.inf, weight_decay=0.1), clean_accuracy=0.3)
-    table = robustness_table(tmp_path)
+def test_runs_that_differ_otherwise_are_kept_apart():
+    runs = frame(
+        run(results={"clean_accuracy": 0.1}),
+        run(width=32, results={"clean_accuracy": 0.2}),
+        run(constraint="weight-decay", threshold=math.inf, weight_decay=0.1, results={"clean_accuracy": 0.3}),
+    )
+    table = robustness_table(runs)
     assert "weight_decay" not in table.columns  # it only follows the constraint
     assert table["width"].fillna(0).tolist() == [32, 0, 0]
     assert table["clean_accuracy"].tolist() == [0.2, 0.1, 0.3]
 
 
-def test_several_folders_and_frames(tmp_path):
+def test_rows_by_any_field_are_means_over_everything_else():
+    spec = {"constraints": ["cap", "clip"], "thresholds": [1, 2], "seeds": [0, 1], "eps": [0.3]}
+    rng = np.random.default_rng(0)
+    rows = [
+        run(model=model, constraint=one.constraint, threshold=one.threshold, seed=one.seed,
+            results={"tightness": rng.random()})
+        for model in ("mlp", "liresnet")
+        for one in RunSpec.from_mapping(spec).cells()
+    ]  # fmt: skip
+    runs = frame(*rows)
+    table = robustness_table(runs, by=("model", "constraint"))
+    assert table.columns[:5].tolist() == ["model", "constraint", "runs", "done", "status"]
+    expected = runs.groupby(["model", "constraint"])["tightness"].agg(["mean", "std"])
+    assert list(zip(table["model"], table["constraint"], strict=True)) == expected.index.tolist()
+    np.testing.assert_allclose(table["tightness"], expected["mean"])
+    np.testing.assert_allclose(table["tightness_ci95"], 3.182446 * expected["std"] / 2, rtol=1e-6)  # n = 4
+    assert robustness_table(runs, by="seed")["runs"].tolist() == [8, 8]
+
+
+def test_several_folders(tmp_path):
     finish(tmp_path / "a", cell())
-    finish(tmp_path / "b", cell(model="liresnet"))
+    RunFolder.of(tmp_path / "b", cell(model="liresnet")).create(cell(model="liresnet"))
+    finish(tmp_path / "b", cell(model="liresnet", seed=1))
     table = robustness_table([tmp_path / "a", tmp_path / "b"])
-    assert sorted(table["model"]) == ["liresnet", "mlp"]
-    assert "| liresnet" in to_markdown(table)
+    assert table["model"].tolist() == ["liresnet", "mlp"]
+    assert table["status"].tolist() == ["1 of 2 interrupted", ""]
+    assert table["clean_accuracy"].tolist() == [0.9, 0.9]
 
 
-def test_chosen_eps(tmp_path):
-    finish(tmp_path, cell(eps=(0.1, 0.3, 36 / 255)))
-    names = robustness_table(tmp_path, eps=[36 / 255]).columns
-    assert [name for name in names if "certified_accuracy_eps" in name and "std" not in name] == [
+def test_chosen_eps():
+    names = robustness_table(frame(run(eps=(0.1, 0.3, 36 / 255))), eps=[36 / 255]).columns
+    assert [name for name in names if "certified_accuracy_eps" in name and "ci95" not in name] == [
         "certified_accuracy_eps_0.141176"
     ]
 
 
 def test_bad_requests_are_refused(tmp_path):
+    runs = frame(run())
     with pytest.raises(ValueError, match="expected at least one run, got none"):
-        robustness_table(tmp_path)
-    with pytest.raises(ValueError, match="expected at least one run"):
         robustness_table([])
-    finish(tmp_path / "a", cell())
-    finish(tmp_path / "b", cell())
-    with pytest.raises(ValueError, match=r"expected every run once, got one run in .*a.* and .*b"):
-        robustness_table([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(ValueError, match=r"expected every run once, got one run in runs/\w+ and runs/\w+"):
+        collect_runs(frame(run(), run()))
     with pytest.raises(ValueError, match=r"nothing was evaluated at eps 0.5, expected some of 0.3"):
-        robustness_table(tmp_path / "a", eps=[0.5])
-    with pytest.raises(ValueError, match=r"table.xls: expected a table named \*.csv, \*.md, \*.tex"):
-        write_table(robustness_table(tmp_path / "a"), tmp_path / "table.xls")
+        robustness_table(runs, eps=[0.5])
+    with pytest.raises(
+        ValueError, match=r"^unknown config field 'modle' \(did you mean model.*\); allowed: dataset, model"
+    ):
+        robustness_table(runs, by=["modle"])
+    with pytest.raises(ValueError, match="expected one or more different config fields, got none"):
+        robustness_table(runs, by=[])
+    with pytest.raises(ValueError, match="expected one or more different config fields, got seed, seed"):
+        robustness_table(runs, by=["seed", "seed"])
+    with pytest.raises(ValueError, match="seed among the fields of by"):
+        robustness_table(runs, by="model", aggregate=False)
 
 
-def test_csv_keeps_every_digit(tmp_path):
-    finish(tmp_path, cell(threshold=math.inf), clean_accuracy=1 / 3, tightness=None)
-    table = robustness_table(tmp_path)
-    (row,) = csv.DictReader(io.StringIO(to_csv(table)))
-    assert float(row["clean_accuracy"]) == 1 / 3
-    assert float(row["threshold"]) == math.inf
-    assert row["tightness"] == ""
-    assert list(row) == table.columns.tolist()
+@st.composite
+def studies(draw):
+    models, thresholds, seeds = (draw(st.integers(1, size)) for size in (2, 3, 3))
+    value = st.floats(0, 1, allow_subnormal=False)
+    rows = [
+        run(
+            model=("mlp", "liresnet")[model],
+            threshold=0.5 * (1 + threshold),
+            seed=seed,
+            results={"tightness": draw(value)},
+        )
+        for model in range(models)
+        for threshold in range(thresholds)
+        for seed in range(seeds)
+    ]
+    kept = draw(st.lists(st.sampled_from(rows), min_size=1, unique_by=lambda row: row["id"]))
+    return frame(*kept)
 
 
-def test_latex_is_escaped_and_complete(tmp_path):
-    for seed in (0, 1):
-        finish(tmp_path, cell(threshold=math.inf, seed=seed, model="my_nets:build"), tightness=None)
-    text = to_latex(robustness_table(tmp_path))
-    assert text.count(r"\toprule") == text.count(r"\begin{table}") == text.count(r"\end{table}") == 3
-    assert r"\caption{digits, my\_nets:build, l2: accuracy (\%) at $\varepsilon$ = 0.3}" in text
-    assert r"$\infty$" in text
-    assert r"90.0 $\pm$ 0.0" in text
-    assert text.isascii()
+@settings(deadline=None, max_examples=25)
+@given(studies(), st.sampled_from([("model", "threshold"), ("threshold", "seed"), ("seed", "model")]))
+def test_pivots_agree_with_pandas(runs, fields):
+    rows, columns = fields
+    expected = runs.pivot_table("tightness", rows, columns, sort=True)
+    table = pivot_table(runs, rows, columns, "tightness")
+    assert table[rows].tolist() == expected.index.tolist()
+    shown = [name for name in table.columns if name.startswith("tightness[")]
+    assert shown == [f"tightness[{columns}={value:g}]" if columns != "model" else f"tightness[model={value}]"
+                     for value in expected.columns]  # fmt: skip
+    np.testing.assert_allclose(table[shown].to_numpy(), expected.to_numpy(), rtol=1e-12)
+    counts = runs.pivot_table("tightness", rows, columns, aggfunc="count", fill_value=0)
+    np.testing.assert_array_equal(table[[name for name in table if name.startswith("runs[")]], counts)
 
 
-def test_markdown_escapes_bars(tmp_path):
-    finish(tmp_path, cell(dataset="a|b.npz"))
-    finish(tmp_path, cell())
-    assert r"a\|b.npz" in to_markdown(robustness_table(tmp_path))
+def test_a_pivot_tells_what_is_absent_from_what_is_not_finished():
+    runs = frame(
+        run(seed=0, results={"tightness": 0.2}),
+        run("pending", seed=1),
+        run("pending", threshold=math.inf),
+        run(constraint="none", threshold=math.inf),
+    )
+    table = pivot_table(runs, "constraint", ["threshold", "norm"], "tightness")
+    assert table["constraint"].tolist() == ["cap", "none"]
+    one, many = "[threshold=1, norm=l2]", "[threshold=inf, norm=l2]"
+    parts = ("tightness", "tightness_ci95", "runs", "status")
+    assert table.columns.tolist() == ["constraint", *(f"{part}{place}" for place in (one, many) for part in parts)]
+    assert table[f"tightness{one}"].fillna(-1).tolist() == [0.2, -1]
+    assert table[f"runs{one}"].tolist() == [2, 0]
+    assert table[f"status{one}"].tolist() == ["1 of 2 pending", ""]
+    assert table[f"tightness{many}"].fillna(-1).tolist() == [-1, 0.75]
+    assert table[f"status{many}"].tolist() == ["pending", ""]
 
 
-@pytest.mark.parametrize(("name", "start"), [("t.csv", "dataset,"), ("t.md", "**digits"), ("t.tex", "\\begin{table}")])
-def test_files(tmp_path, name, start):
-    finish(tmp_path / "runs", cell())
-    write_table(robustness_table(tmp_path / "runs"), tmp_path / name)
-    assert (tmp_path / name).read_text(encoding="utf-8").startswith(start)
+def test_columns_of_a_pivot_are_sorted_and_never_merged():
+    thresholds = [10.0, math.inf, 0.12345678, 0.12345679]
+    runs = frame(*(run(threshold=at) for at in thresholds), run(threshold=2.0, width=8))
+    table = pivot_table(runs, "model", "threshold", "clean_accuracy")
+    assert [name for name in table if name.startswith("runs[")] == [
+        "runs[threshold=0.12345678]", "runs[threshold=0.12345679]", "runs[threshold=2]", "runs[threshold=10]",
+        "runs[threshold=inf]",
+    ]  # fmt: skip
+    assert [name for name in pivot_table(runs, "model", "width", "tightness") if "runs" in name] == [
+        "runs[width=8]",
+        "runs[width=unset]",
+    ]
 
 
-@pytest.mark.parametrize("width", [100, 120])
-def test_terminal_blocks_fit_and_lose_nothing(tmp_path, width):
-    names = ("fgsm", "pgd", "autoattack", "deepfool", "cw", "ddn", "fmn")
-    attacked = {f"accuracy_{name}_eps_0.3": 0.7 + 0.01 * at for at, name in enumerate(names)}
-    for seed in (0, 1):
-        one = cell(constraint="gradient-clip", threshold=math.inf, gradient_clip=1.0, seed=seed, attacks=names)
-        finish(tmp_path, one, **attacked)
-    stream = io.StringIO()
-    print_table(robustness_table(tmp_path), Console(file=stream, width=width))
-    shown = stream.getvalue()
-    assert max(map(len, shown.splitlines())) <= width
-    assert "…" not in shown
-    for at, name in enumerate(names):
-        assert name in shown
-        assert f"{70 + at}.0 ± 0.0" in shown
+def test_results_of_a_pivot():
+    runs = frame(run(), run(seed=1, results={"diverged": True}))
+    assert (
+        pivot_table(runs, "model", "norm", "certified_accuracy", eps=0.3)["certified_accuracy_eps_0.3[norm=l2]"].item()
+        == 0.5
+    )
+    assert pivot_table(runs, "model", "norm", "train_s")["train_s[norm=l2]"].item() == 12.5
+    assert pivot_table(runs, "model", "norm", "diverged")["diverged[norm=l2]"].item() == 0.5
+    pending = pivot_table(frame(run("pending")), "model", "norm", "accuracy_pgd_eps_0.3")
+    assert pending["status[norm=l2]"].tolist() == ["pending"]
 
 
-def test_diverged_rows_are_marked_in_the_terminal(tmp_path):
-    finish(tmp_path, cell(), diverged=True)
-    stream = io.StringIO()
-    print_table(robustness_table(tmp_path), Console(file=stream, width=100))
-    assert stream.getvalue().count("diverged") == 3
+def test_bad_pivots_are_refused():
+    runs = frame(run())
+    with pytest.raises(
+        ValueError,
+        match=r"^unknown result 'tightnes' \(did you mean tightness\?\); allowed: clean_accuracy, [^\n]*train_s",
+    ):
+        pivot_table(runs, "model", "norm", "tightnes")
+    with pytest.raises(ValueError, match="unknown result 'machine'"):
+        pivot_table(runs, "model", "norm", "machine")
+    with pytest.raises(ValueError, match=r"unknown result 'certified_accuracy_eps_0\.4'"):
+        pivot_table(runs, "model", "norm", "certified_accuracy", eps=0.4)
+    with pytest.raises(ValueError, match="unknown config field 'x', 'y'; allowed: dataset"):
+        pivot_table(runs, ["x", "y"], "norm", "tightness")
+    with pytest.raises(ValueError, match="expected every field in rows or in columns, got norm in both"):
+        pivot_table(runs, ["model", "norm"], "norm", "tightness")
+
+
+def test_a_wide_pivot_gives_no_warning():
+    runs = frame(*(run(seed=seed) for seed in range(60)))
+    assert len(pivot_table(runs, "model", "seed", "tightness").columns) == 1 + 4 * 60
+
+
+def test_tables_need_no_torch():
+    code = "import sys, speccert.experiments.tables, speccert.experiments.table_writers; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "False"
+
+
+def test_the_frame_is_left_as_it_was():
+    runs = frame(run(), run("pending", seed=1))
+    before = runs.copy()
+    robustness_table(runs)
+    pivot_table(runs, "eps", "norm", "tightness")
+    pd.testing.assert_frame_equal(runs, before)
