@@ -7,11 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import CellConfig, ConfigError, RunSpec
+    from .config import CellConfig, ConfigError
     from .data import Dataset, load_dataset
     from .evaluation import CertificateViolationError, evaluate
+    from .report import write_report
+    from .spec import RunSpec
     from .sweep import CellError, run, write_results
-    from .tables import robustness_table
+    from .tables import pivot_table, robustness_table
     from .training import TrainResult, train
 
 _PLACES = {
@@ -20,13 +22,15 @@ _PLACES = {
     "CertificateViolationError": "evaluation",
     "ConfigError": "config",
     "Dataset": "data",
-    "RunSpec": "config",
+    "RunSpec": "spec",
     "TrainResult": "training",
     "evaluate": "evaluation",
     "load_dataset": "data",
+    "pivot_table": "tables",
     "robustness_table": "tables",
     "run": "sweep",
     "train": "training",
+    "write_report": "report",
     "write_results": "sweep",
 }
 
@@ -40,9 +44,11 @@ __all__ = [
     "TrainResult",
     "evaluate",
     "load_dataset",
+    "pivot_table",
     "robustness_table",
     "run",
     "train",
+    "write_report",
     "write_results",
 ]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -19,10 +21,11 @@ from ..certify.radii import limiting_classes
 from .config import CellConfig
 from .data import Dataset, Split
 
-__all__ = ["CertificateViolationError", "Evaluation", "evaluate"]
+__all__ = ["CertificateViolationError", "Evaluation", "bounds_json", "evaluate"]
 
 _BATCH = 512
 _JACOBIAN_POINTS = 256
+_CLOSEST = 12  # pictures of adversarial samples that a run keeps
 Report = Callable[[str], None]
 
 
@@ -44,11 +47,22 @@ class CertificateViolationError(RuntimeError):
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What an evaluation found: a row a test sample, one flat row of results, the bounds per norm."""
+    """What an evaluation found.
+
+    Attributes:
+        samples: a row a test sample.
+        results: one flat row.
+        bounds: per norm.
+        closest: of the correctly classified attacked samples, the up to 12 with the smallest distance found, nearest
+            first: `x` and `x_adv` [k, *input_shape] float32, `label`, `prediction` (the strongest other class at x_adv;
+            at a tie it is as strong as the label) and `index` [k] int64, `distance` and `radius` [k] float64 in the
+            cell's norm. k = 0 where no attack found any point.
+    """
 
     samples: pd.DataFrame
     results: dict[str, Any]
     bounds: dict[str, LipschitzBound]
+    closest: dict[str, Tensor]
 
 
 @dataclass(eq=False)
@@ -95,7 +109,30 @@ def evaluate(
         raise CertificateViolationError(f"certificate broken: {doubt}", {}) from doubt
     results = _results(config, bounds[config.norm], samples, radii[config.norm], attacked)
     results["evaluate_s"] = time.perf_counter() - start
-    return Evaluation(_with_attacks(samples, attacked), results, bounds)
+    closest = _closest(model, attacked, wrong, radii[config.norm])
+    return Evaluation(_with_attacks(samples, attacked), results, bounds, closest)
+
+
+def bounds_json(bounds: Mapping[str, LipschitzBound]) -> bytes:
+    """Per norm: the network's `lower` and `upper`, the smallest and largest pairwise constant, and the `layers`.
+
+    {norm: {"lower", "upper", "pairwise_min", "pairwise_max", "layers": [{"name", "kind", "lower", "upper", "method"}]}}
+    with null for a constant that overflows.
+    """
+    described: dict[str, Any] = {}
+    for norm, bound in bounds.items():
+        different = ~torch.eye(len(bound.pairwise), dtype=torch.bool)
+        pairs = bound.pairwise.cpu()[different]
+        described[norm] = {
+            **_finite({"lower": bound.lower, "upper": bound.upper}),
+            **_finite({"pairwise_min": float(pairs.min()), "pairwise_max": float(pairs.max())}),
+            "layers": [_finite(asdict(layer)) for layer in bound.layers],
+        }
+    return (json.dumps(described, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: None if value in (math.inf, -math.inf) else value for key, value in values.items()}
 
 
 def _with_lower(model: nn.Module, config: CellConfig, split: Split) -> tuple[LipschitzBound, ArithmeticError | None]:
@@ -190,6 +227,26 @@ def _distances(attacked: _Attacked) -> dict[str, Tensor]:
     return {
         norm: torch.linalg.vector_norm(difference, ord=order, dim=1).masked_fill(none, torch.inf)
         for norm, order in orders.items()
+    }
+
+
+@torch.no_grad()
+def _closest(model: nn.Module, attacked: _Attacked, wrong: Tensor, radii: Tensor) -> dict[str, Tensor]:
+    """The nearest adversarial points; `wrong` and `radii` [N] are of all test samples."""
+    nearest = torch.sort(attacked.distance.masked_fill(wrong[attacked.index], torch.inf), stable=True)
+    chosen = nearest.indices[: min(_CLOSEST, int(torch.isfinite(nearest.values).sum()))]
+    x_adv, label = attacked.closest[chosen], attacked.y[chosen]
+    prediction = label
+    if len(chosen):
+        prediction = logits_of(model, x_adv).scatter(1, label[:, None], -torch.inf).argmax(1)
+    return {
+        "x": attacked.x[chosen].float(),
+        "x_adv": x_adv.float(),
+        "label": label,
+        "prediction": prediction,
+        "index": attacked.index[chosen],
+        "distance": attacked.distance[chosen],
+        "radius": radii.to(attacked.index.device)[attacked.index[chosen]],
     }
 
 

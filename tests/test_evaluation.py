@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import math
 import pickle
 
@@ -11,7 +12,7 @@ from speccert.certify import rules
 from speccert.certify.linear import Dense
 from speccert.experiments.config import CellConfig
 from speccert.experiments.data import Dataset, Split
-from speccert.experiments.evaluation import CertificateViolationError, evaluate
+from speccert.experiments.evaluation import CertificateViolationError, bounds_json, evaluate
 
 CLASSES, SIDE = 4, 6
 ORDERS = {"l2": 2, "linf": math.inf, "l1": 1}
@@ -211,8 +212,73 @@ def test_a_sample_without_an_adversarial_example_has_infinite_distance(data):
     assert found.results["accuracy_fgsm_eps_0.0001"] > 0.9
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_the_closest_adversarial_examples_are_kept(data, model, norm):
+    y = data.test.y.clone()
+    y[:3] = (y[:3] + 1) % CLASSES
+    changed = dataclasses.replace(data, test=Split(data.test.x, y))
+    found = evaluate(model, settings(norm=norm, attacks=("fgsm",), eps=(0.1, 0.3), attack_samples=30), changed)
+    rows = found.samples[found.samples["attacked"] & (found.samples["label"] == found.samples["prediction"])]
+    nearest = rows[np.isfinite(rows["distance"])].sort_values("distance", kind="stable").head(12)
+    closest = {name: value.numpy() for name, value in found.closest.items()}
+    assert 5 < len(nearest) == len(closest["x"])
+    for name, column in {
+        "index": "index",
+        "label": "label",
+        "distance": "distance",
+        "radius": f"radius_{norm}",
+    }.items():
+        assert closest[name].tolist() == nearest[column].tolist()
+    assert (closest["x"] == data.test.x.numpy()[closest["index"]]).all()
+    apart = (closest["x_adv"].astype(np.float64) - closest["x"]).reshape(len(nearest), -1)
+    assert np.linalg.norm(apart, ORDERS[norm], axis=1) == pytest.approx(closest["distance"], rel=1e-6)
+    with torch.no_grad():
+        logits = model(found.closest["x_adv"]).numpy()
+    assert (closest["prediction"] != closest["label"]).all()
+    assert (logits[range(len(logits)), closest["prediction"]] == logits.max(1)).all()
+    assert [value.dtype for value in found.closest.values()] == [torch.float32] * 2 + [torch.int64] * 3 + [
+        torch.float64
+    ] * 2
+
+
+def test_at_a_tie_the_prediction_is_the_other_class(data):
+    tied = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, CLASSES)).eval()
+    with torch.no_grad():
+        tied[1].weight.zero_()
+        tied[1].bias.copy_(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    from speccert.experiments.evaluation import _Attacked, _closest
+
+    x = torch.full((1, 1, SIDE, SIDE), 0.5)
+    state = _Attacked(torch.tensor([0]), x, torch.tensor([0]), torch.tensor([0.1], dtype=torch.float64), x.clone())
+    closest = _closest(tied, state, torch.tensor([False]), torch.tensor([0.05], dtype=torch.float64))
+    assert (closest["label"].item(), closest["prediction"].item()) == (0, 1)
+
+
+def test_bounds_as_json_have_every_norm_and_layer(data, model, found):
+    told = json.loads(bounds_json(found.bounds))
+    assert list(told) == list(found.bounds)
+    assert set(told) == set(ORDERS)
+    weight = model[1].weight.detach().double().numpy()
+    for norm, order in DUAL_ORDERS.items():
+        pairs = [np.linalg.norm(weight[i] - weight[j], order) for i in range(CLASSES) for j in range(i)]
+        assert told[norm]["pairwise_min"] == pytest.approx(min(pairs), rel=1e-6)
+        assert told[norm]["pairwise_max"] == pytest.approx(max(pairs), rel=1e-6)
+    (layer,) = told["l2"]["layers"]
+    exact = np.linalg.norm(weight, 2)
+    assert layer["lower"] <= exact * (1 + 1e-9)
+    assert exact <= layer["upper"] == pytest.approx(told["l2"]["upper"], rel=1e-6)
+    assert 0 < told["l2"]["lower"] <= told["l2"]["upper"]
+    assert layer.keys() == {"name", "kind", "lower", "upper", "method"}
+
+
+def test_bounds_as_json_have_null_for_what_overflows(found):
+    endless = {"l1": dataclasses.replace(found.bounds["l1"], upper=math.inf)}
+    assert json.loads(bounds_json(endless))["l1"]["upper"] is None
+
+
 def test_without_attacks_there_is_no_distance(data, model):
     found = evaluate(model, settings(attacks=()), data)
+    assert len(found.closest["x"]) == len(found.closest["label"]) == 0
     assert found.results["mean_distance"] is None
     assert found.results["tightness"] is None
     assert not any(key.startswith(("worst", "accuracy")) for key in found.results)
