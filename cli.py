@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from . import __version__
-from .experiments.config import CellConfig, ConfigError, RunSpec
+from .experiments.config import CellConfig, ConfigError
 from .experiments.flags import HELP, default_text, parse_settings
+from .experiments.spec import PLURALS, RunSpec
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,22 +64,24 @@ def _console() -> Console:
 
 
 def _settings(command: Command) -> Command:
-    """One flag for each field of `CellConfig`; lists may be named in the plural too."""
+    """One flag for each field of `CellConfig`, and one for presets; axes may be named in the plural too."""
     for key in reversed(HELP):
-        names = [f"--{key.replace('_', '-')}"]
-        if key in ("constraint", "threshold", "seed"):
-            names.append(f"--{key}s")
+        names = [f"--{key.replace('_', '-')}", *([f"--{PLURALS[key]}"] if key in PLURALS else [])]
         command = click.option(*names, key, default=None, help=f"{HELP[key]} [{default_text(key)}]")(command)
     return command
 
 
 def _machine(command: Command) -> Command:
     for option in (
-        click.option("--device", default="cpu", show_default=True, help="cpu, cuda or cuda:N"),
+        click.option("--device", default=None, help="cpu, cuda or cuda:N [cpu]"),
         click.option("--data-root", type=_OUTPUT, default=None, help="folder of the public data sets [SPECCERT_DATA]"),
     ):
         command = option(command)
     return command
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _spec(path: Path | None, flags: dict[str, str | None]) -> RunSpec:
@@ -102,6 +105,8 @@ def main(context: click.Context) -> None:
     \b
     certify run                            digits, several thresholds: a minute
     certify run spec.toml -o runs/mnist    the same of a spec file
+    certify status runs/mnist              what its cells do
+    certify report runs/mnist              a page with everything
     certify doctor                         what this machine can do
     """
     if context.invoked_subcommand is None:
@@ -111,62 +116,99 @@ def main(context: click.Context) -> None:
 @main.command()
 @click.argument("spec", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--output", type=_OUTPUT, default=Path("runs"), show_default=True, help="folder of run folders")
-@click.option("--executor", default="local", show_default=True, help="inline (this process) or local (several)")
-@click.option("--jobs", type=int, default=None, help="processes of the local executor [one a core, or one a GPU]")
+@click.option("--dry-run", is_flag=True, help="only list the cells, their state, and what is left to compute")
+@click.option("--retry-failed", is_flag=True, help="run the cells again that failed before")
+@click.option("--executor", default=None, help="inline (this process), local (several) or slurm (jobs) [local]")
+@click.option("--jobs", type=int, default=None, help="cells at once, local executor [one a core, or one a GPU]")
+@click.option("--threads", type=int, default=None, help="torch threads of a cell; the last bits depend on them [1]")
+@click.option(
+    "--gpus-per-cell", type=int, default=None, help="GPUs (on a CPU: processes) that train a cell together [1]"
+)
+@click.option("--cells-per-gpu", type=int, default=None, help="small cells side by side on one GPU [1]")
+@click.option("--track", default=None, help="log each training to tensorboard, mlflow, or both")
+@click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="option of the Slurm jobs, e.g. partition=gpu; "
+              "may be repeated; docs/cluster.md has all")  # fmt: skip
+@click.option("--no-wait", is_flag=True, help="submit the Slurm jobs and leave them to themselves")
 @_settings
 @_machine
 def run(
     spec: Path | None,
     output: Path,
-    executor: str,
+    dry_run: bool,
+    retry_failed: bool,
+    executor: str | None,
     jobs: int | None,
-    device: str,
+    threads: int | None,
+    gpus_per_cell: int | None,
+    cells_per_gpu: int | None,
+    track: str | None,
+    slurm: tuple[str, ...],
+    no_wait: bool,
+    device: str | None,
     data_root: Path | None,
     **flags: str | None,
 ) -> None:
     """Train, bound, certify and attack every threshold; print the robustness table.
 
-    SPEC is a TOML file of the settings below (dashes as underscores); flags win over it. Finished cells are kept: the
-    same command goes on where it was interrupted.
+    SPEC is a TOML file of the settings below (dashes as underscores). A flag replaces its setting everywhere in the
+    file; the settings of a --preset do so too, under the other flags. Values joined by commas span a grid, but for
+    --eps, --attacks and --checkpoint. Finished cells are kept: the same command goes on where it was interrupted.
 
     \b
     certify run
     certify run --dataset mnist --data-root data --thresholds 0.5,1,2,inf --seeds 0,1,2 --jobs 2
+    certify run examples/study.toml -o runs/study --dry-run
+    certify run examples/study.toml -o runs/study --executor slurm --slurm partition=gpu
     """
     grid = _spec(spec, flags)
-    from .experiments.console import LiveRun
-    from .experiments.sweep import run as run_grid
-    from .experiments.tables import print_table
-
     console = _console()
+    if dry_run:
+        from .experiments.status import print_dry_run
+
+        print_dry_run(grid, output, console)
+        return
+    from .experiments.console import LiveRun
+    from .experiments.slurm_options import parse_options
+    from .experiments.sweep import run as run_grid
+    from .experiments.table_writers import print_table
+
     with LiveRun(console) as watcher:
         table = run_grid(
             grid,
             output,
-            executor=executor,
+            executor=executor or grid.execution.get("executor", "local"),
             jobs=jobs,
             device=device,
             data_root=data_root,
+            threads=threads,
+            gpus_per_cell=gpus_per_cell,
+            cells_per_gpu=cells_per_gpu,
+            track=_names(track) if track else None,
+            slurm=parse_options(slurm),
+            retry_failed=retry_failed,
+            wait=not no_wait,
             watcher=watcher,
         )
     print_table(table, console)
-    console.out(f"tables: {output}/robustness.csv .md .tex   pictures: {output}/figures", highlight=False)
+    console.out(f"tables: {output}/robustness.csv .md .tex .parquet   pictures: {output}/figures", highlight=False)
 
 
 @main.command()
 @click.option("-o", "--output", type=_OUTPUT, default=Path("runs"), show_default=True, help="folder of run folders")
 @_settings
 @_machine
-def train(output: Path, device: str, data_root: Path | None, **flags: str | None) -> None:
+def train(output: Path, device: str | None, data_root: Path | None, **flags: str | None) -> None:
     """Train one model and keep its checkpoint, without bounds or attacks.
 
     \b
     certify train --dataset digits --threshold 1 -o runs
     """
-    grid = _spec(None, {**flags, "threshold": flags["threshold"] or "1"})
+    if flags["threshold"] is None and flags["preset"] is None:
+        flags["threshold"] = "1"
+    grid = _spec(None, flags)
     from .experiments.stages import train_one
 
-    train_one(grid, output, device=device, data_root=data_root, console=_console())
+    train_one(grid, output, device=device or "cpu", data_root=data_root, console=_console())
 
 
 @main.command()
@@ -182,7 +224,7 @@ def bound(
     dataset: str | None,
     norm: str,
     method: str,
-    device: str,
+    device: str | None,
     data_root: Path | None,
 ) -> None:
     """Bound the Lipschitz constants of MODEL: a run folder, or module:function.
@@ -193,7 +235,7 @@ def bound(
     """
     from .experiments.stages import bound_one, open_model
 
-    opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device)
+    opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device or "cpu")
     bound_one(opened, norm=norm, method=method, console=_console())
 
 
@@ -211,7 +253,7 @@ def attack(
     model: str,
     checkpoint: Path | None,
     dataset: str | None,
-    device: str,
+    device: str | None,
     data_root: Path | None,
     attacks: str | None,
     norm: str | None,
@@ -227,30 +269,130 @@ def attack(
     settings = parse_settings({"attacks": attacks, "norm": norm, "eps": eps, "attack_samples": samples, "seed": seed})
     from .experiments.stages import attack_one, open_model
 
-    opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device)
+    opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device or "cpu")
     attack_one(opened, settings, console=_console())
+
+
+@main.command()
+@click.argument("folder", type=_FOLDER)
+@click.option("--state", type=click.Choice(["done", "running", "failed", "interrupted", "pending"]), default=None,
+              help="list only the cells in this state")  # fmt: skip
+@click.option("--watch", type=float, default=None, metavar="SECONDS", help="show it live, read anew so often")
+def status(folder: Path, state: str | None, watch: float | None) -> None:
+    """Say what the cells of the study in FOLDER do: progress, time to go, errors.
+
+    \b
+    certify status runs
+    certify status runs --watch 5
+    """
+    if watch is not None and watch <= 0:
+        raise click.BadParameter(f"expected a number > 0, got {watch:g}", param_hint="--watch")
+    from .experiments.status import watch_status
+
+    watch_status(folder, _console(), state=state, every_s=watch)
+
+
+@main.command()
+@click.argument("folder", type=_FOLDER)
+@click.option(
+    "--forget", is_flag=True, help="forget planned cells that were not begun, so that no table waits for them"
+)
+def cancel(folder: Path, forget: bool) -> None:
+    """Stop the runs that work on the study in FOLDER, and their Slurm jobs; what is finished stays.
+
+    \b
+    certify cancel runs
+    """
+    from .experiments.study import cancel as cancel_runs
+    from .experiments.study import forget_plans
+
+    found = cancel_runs(folder)
+    for record in found:
+        click.echo(f"cancelled: {record}")
+    if not found:
+        click.echo("no run is at work there")
+    if forget:
+        forget_plans(folder)
+
+
+@main.command()
+@click.argument("folder", type=_FOLDER)
+@click.argument("cell")
+@click.option("-n", "--lines", type=click.IntRange(min=1), default=None, help="only the last lines")
+def logs(folder: Path, cell: str, lines: int | None) -> None:
+    """Print the log of CELL, the beginning of an id of `certify status`, in the study in FOLDER.
+
+    \b
+    certify logs runs 3f2a
+    """
+    from .experiments.status import find_cell, read_log
+
+    click.echo(read_log(find_cell(folder, cell), lines))
 
 
 @main.command()
 @click.argument("folder", type=_FOLDER)
 @click.option("--per-seed", is_flag=True, help="a row a seed, not the mean over seeds")
 @click.option("--eps", default=None, help="only these perturbation sizes")
+@click.option(
+    "--by", default=None, metavar="FIELDS", help="a row a combination of these settings, e.g. model,threshold"
+)
+@click.option("--rows", default=None, metavar="FIELDS", help="settings down the side of a pivot of --value")
+@click.option("--columns", default=None, metavar="FIELDS", help="settings across the top of a pivot of --value")
+@click.option("--value", default=None, metavar="RESULT", help="result in a pivot, e.g. certified_accuracy_eps_0.3")
 @click.option("--file", "path", type=click.Path(dir_okay=False, path_type=Path), default=None,
-              help="write to FILE.csv, .md or .tex, by its ending, and not to the terminal")  # fmt: skip
-def table(folder: Path, per_seed: bool, eps: str | None, path: Path | None) -> None:
-    """Print the robustness table of the runs in FOLDER, or write it to a file.
+              help="write to FILE.csv, .md, .tex or .parquet, by its ending, and not to the terminal")  # fmt: skip
+def table(
+    folder: Path,
+    per_seed: bool,
+    eps: str | None,
+    by: str | None,
+    rows: str | None,
+    columns: str | None,
+    value: str | None,
+    path: Path | None,
+) -> None:
+    """Print the robustness table of the runs in FOLDER, or a pivot of one result, or write it to a file.
 
     \b
     certify table runs --eps 0.3 --file robustness.tex
+    certify table runs --by model,constraint
+    certify table runs --rows constraint --columns threshold --value certified_accuracy_eps_0.3
     """
+    pivot = [rows, columns, value]
+    if any(pivot) and (not all(pivot) or by or per_seed):
+        raise ConfigError("a pivot takes --rows, --columns and --value, and neither --by nor --per-seed")
+    if by and per_seed:
+        raise ConfigError("--by and --per-seed: expected one of them; --by ...,seed gives a row a seed")
     chosen = None if eps is None else CellConfig(**parse_settings({"eps": eps})).eps
-    from .experiments.tables import print_table, robustness_table, write_table
+    if any(pivot) and chosen is not None and len(chosen) != 1:
+        raise ConfigError(f"--eps: expected one value for a pivot, got {len(chosen)}")
+    from .experiments.table_writers import print_table, write_table
+    from .experiments.tables import pivot_table, robustness_table
 
-    found = robustness_table(folder, aggregate=not per_seed, eps=chosen)
+    if rows and columns and value:
+        found = pivot_table(folder, _names(rows), _names(columns), value, eps=None if chosen is None else chosen[0])
+    else:
+        found = robustness_table(folder, aggregate=not per_seed, eps=chosen, by=_names(by) if by else None)
     if path is None:
         print_table(found, _console())
     else:
         write_table(found, path)
+
+
+@main.command()
+@click.argument("folder", type=_FOLDER)
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), default=None,
+              help="the page [FOLDER/report.html]")  # fmt: skip
+def report(folder: Path, output: Path | None) -> None:
+    """Write one self-contained HTML page on the study in FOLDER: tables, curves, bounds, images, settings.
+
+    \b
+    certify report runs
+    """
+    from .experiments.report import write_report
+
+    click.echo(write_report(folder, output or folder / "report.html"))
 
 
 @main.command()

@@ -13,8 +13,9 @@ from speccert.attacks import available_attacks
 from speccert.certify import rules
 from speccert.certify.linear import Dense
 from speccert.experiments.cell import run_cell
-from speccert.experiments.config import CellConfig, ConfigError, RunSpec
+from speccert.experiments.config import CellConfig, ConfigError
 from speccert.experiments.evaluation import CertificateViolationError
+from speccert.experiments.spec import RunSpec
 from speccert.experiments.stages import attack_one, bound_one, open_model, train_one
 from speccert.experiments.store import RunFolder, StoreError, save_checkpoint
 
