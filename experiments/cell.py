@@ -134,6 +134,7 @@ def run_cell(
     start = time.perf_counter()
     exact_float32()
     folder = RunFolder.of(execution.output, config)
+    content = contents_digest(config)  # before anything is read: what changes meanwhile is then seen to differ
     data = cell_data(config, execution.data_root)
     ranks, device = execution.gpus_per_cell, execution.device.split(",")[0]
     with make_tracker(execution.track, config, folder, str(Path(execution.output).resolve())) as tracker:
@@ -147,7 +148,7 @@ def run_cell(
         folder.write_samples(found.samples)
         write_atomic(folder.bounds_path, bounds_json(found.bounds))
         save_checkpoint(folder.closest_path, found.closest)
-        results |= _machine(device) | {"ranks": ranks, "content": contents_digest(config)}
+        results |= _machine(device) | {"ranks": ranks, "content": content}
         folder.write_summary(results | {"cell_s": time.perf_counter() - start})
         forget(folder.path, config)
         summary = folder.read_summary()

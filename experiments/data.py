@@ -5,6 +5,7 @@ and eps is in pixel units.
 """
 
 import dataclasses
+import functools
 import importlib
 import struct
 import zipfile
@@ -114,6 +115,7 @@ def _load_arrays(name: str, root: str | Path | None) -> Mapping[str, Any]:
     raise DataError(f"unknown data set {name!r}, expected digits, {', '.join(SOURCES)}, a .npz path or module:function")
 
 
+@functools.cache  # every seed splits the same arrays anew
 def _digits() -> _Arrays:
     from sklearn.datasets import load_digits
 

@@ -18,7 +18,7 @@ class Execution:
     Attributes:
         output: the study's folder.
         data_root: where the public data sets lie; see `load_dataset`.
-        device: "cpu", "cuda" or "cuda:N".
+        device: "cpu", "cuda" or "cuda:N"; of a cell on several GPUs "cuda:0,cuda:1".
         threads: of torch, for each cell. Results are equal to the last bit at equal numbers of threads only.
         jobs: cells at once; None leaves the choice to the executor.
         gpus_per_cell: more than 1 trains a cell on that many GPUs (on a CPU: in that many processes).

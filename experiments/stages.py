@@ -102,6 +102,9 @@ def train_one(spec: RunSpec, output: Path, *, device: str, data_root: Path | Non
         console.out(progress.stage, highlight=False)
 
     with lease:
+        if RunFolder(folder.path).is_finished:  # by another process, between the first question and the claim
+            lease.finish()
+            raise StoreError(f"{folder.path}: another process has just finished it")
         result = train_cell(cells[0], data, folder, device=device, report=report)
     state = "" if not result.diverged else f"; the training diverged ({result.status})"
     console.out(f"best epoch {result.best_epoch}{state}; checkpoint in {folder.path}", highlight=False)

@@ -296,8 +296,8 @@ def _check_cells(cells: Sequence[CellConfig], data_root: str | None) -> None:
     """Build one model of each kind for its data, within seconds; raises ValueError where one can't be built."""
     kinds: dict[Any, CellConfig] = {}
     for cell in cells:
-        kind = (cell.dataset, cell.model, cell.width, cell.depth, cell.activation, cell.constraint, cell.norm)
-        kinds.setdefault((*kind, cell.checkpoint), cell)
+        kind = (cell.dataset, cell.model, cell.width, cell.depth, cell.activation, cell.normalise, cell.constraint)
+        kinds.setdefault((*kind, cell.norm, cell.checkpoint), cell)
     end = time.monotonic() + _CHECK_S
     for cell in kinds.values():
         check_cell(cell, cell_data(cell, data_root))

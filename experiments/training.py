@@ -22,6 +22,7 @@ from ..certify import certified_accuracy, lipschitz, radii_from_logits
 from ..models import build_model, constrain
 from .checkpoints import load_checkpoint
 from .config import CellConfig, config_id
+from .contents import contents_digest
 from .data import Dataset, Split
 from .distributed import Launch, rank_devices
 from .fitting import Fitter, NonFiniteError, seeded
@@ -167,7 +168,7 @@ def forget(folder: str | Path, config: CellConfig) -> None:
 
 
 def _resume_file(folder: str | Path, config: CellConfig) -> ResumeFile:
-    return ResumeFile(Path(folder) / _RESUME_NAME, config_id(config))
+    return ResumeFile(Path(folder) / _RESUME_NAME, " ".join(filter(None, (config_id(config), contents_digest(config)))))
 
 
 def _is_unfinished(config: CellConfig, status: str, epochs: int) -> bool:

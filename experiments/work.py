@@ -17,6 +17,7 @@ import torch
 
 from .cell import Progress, run_cell
 from .config import CellConfig, config_id
+from .distributed import RankDiedError
 from .evaluation import CertificateViolationError
 from .execution import Execution
 from .index import read_failure
@@ -120,7 +121,10 @@ def _computed(
             "out of memory, or an epoch longer than the time limit?"
         )
     folder.failure_path.unlink(missing_ok=True)
-    return run_cell(cell, execution, report=advance)
+    try:
+        return run_cell(cell, execution, report=advance)
+    except SystemExit as error:  # of the user's own code, and no reason to end a worker with its other cells
+        raise RuntimeError(f"the model or the data set called sys.exit({error.code!r})") from error
 
 
 def _is_lost(lease: Lease, error: Exception) -> bool:
@@ -137,9 +141,9 @@ def _is_lost(lease: Lease, error: Exception) -> bool:
 
 
 def _is_of_the_machine(error: BaseException | None) -> bool:
-    """Whether an error, or what it came from, says nothing about the cell: a full disk, a server away."""
+    """Whether an error, or what it came from, says nothing about the cell: a full disk, a killed process."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+        if isinstance(error, RankDiedError) or (isinstance(error, OSError) and error.errno in _OF_THE_MACHINE):
             return True
         error = error.__cause__
     return False

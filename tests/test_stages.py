@@ -13,11 +13,13 @@ from speccert.attacks import available_attacks
 from speccert.certify import rules
 from speccert.certify.linear import Dense
 from speccert.experiments.cell import run_cell
+from speccert.experiments.checkpoints import save_checkpoint
 from speccert.experiments.config import CellConfig, ConfigError
 from speccert.experiments.evaluation import CertificateViolationError
+from speccert.experiments.execution import Execution
 from speccert.experiments.spec import RunSpec
 from speccert.experiments.stages import attack_one, bound_one, open_model, train_one
-from speccert.experiments.store import RunFolder, StoreError, save_checkpoint
+from speccert.experiments.store import RunFolder, StoreError
 
 TINY = {**tiny.TINY, "seed": 3}
 MODELS = """
@@ -57,7 +59,7 @@ def text(shown):
 def finished(tmp_path_factory):
     output = tmp_path_factory.mktemp("runs")
     config = CellConfig(**TINY)
-    return RunFolder.of(output, config), run_cell(config, output)
+    return RunFolder.of(output, config), run_cell(config, Execution(output=str(output)))
 
 
 @pytest.fixture

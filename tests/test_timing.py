@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
+from speccert.experiments.checkpoints import save_checkpoint
 from speccert.experiments.config import CellConfig
 from speccert.experiments.data import Dataset, Split
-from speccert.experiments.store import save_checkpoint
 from speccert.experiments.timing import step_ratio
 from speccert.experiments.training import build
 

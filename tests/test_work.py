@@ -192,7 +192,14 @@ def test_a_log_on_a_full_disk_ends_no_cell(study, instead):
     assert work(CELL, execution).summary is not None
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_a_model_that_calls_exit_fails_alone(study, instead):
+    execution, folder = study
+    instead(raising(SystemExit(3)))
+    assert "sys.exit(3)" in str(work(CELL, execution).error)
+    assert "sys.exit(3)" in read_failure(folder)["error"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, GeneratorExit])
 def test_an_interruption_lets_the_cell_go(study, instead, error):
     execution, folder = study
     instead(raising(error()))
