@@ -264,7 +264,7 @@ def test_training_alone_keeps_the_model_and_what_a_run_goes_on_from(tmp_path, fi
     shown = console(30)
     folder = train_here(spec(), tmp_path, shown)
     assert {path.name for path in folder.path.iterdir()} == {
-        *("config.json", "checkpoint.safetensors", "history.parquet", "resume.pt")
+        *("config.json", "checkpoint.safetensors", "history.parquet", "resume.pt", "lease.1")
     }
     assert folder.checkpoint_path.read_bytes() == finished[0].checkpoint_path.read_bytes()
     assert text(shown).splitlines()[0] == "training"
