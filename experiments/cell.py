@@ -165,8 +165,12 @@ def _evaluated(model: nn.Module, config: CellConfig, data: Dataset, folder: RunF
     except CertificateViolationError as error:
         if not error.example:
             raise
-        save_checkpoint(path, error.example)
-        raise CertificateViolationError(f"{error}; saved in {path}", error.example) from error
+        try:
+            save_checkpoint(path, error.example)
+            where = f"saved in {path}"
+        except StoreError as failure:  # the broken certificate is what matters
+            where = f"the example could not be saved: {failure}"
+        raise CertificateViolationError(f"{error}; {where}", error.example) from error
 
 
 def load_model(folder: RunFolder, data: Dataset, device: str = "cpu") -> nn.Module:

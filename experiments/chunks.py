@@ -77,8 +77,12 @@ def run_chunk(path: str | Path) -> None:
         begun: set[str] = set()
         with contextlib.closing(LocalExecutor().events(chunk.cells, chunk.execution)) as events:
             for event in events:
-                if (line := _line(event, begun)) is not None:
+                line = _line(event, begun)
+                if line is not None:
                     file.write(json.dumps(line) + "\n")
+                if line is not None and line.get("fatal"):  # ends this job, and the others at their next epoch
+                    write_atomic(chunk.execution.cancel_path, b"")
+                    break
 
 
 class _TerminatedError(BaseException):

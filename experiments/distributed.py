@@ -206,6 +206,8 @@ def _raise_failure(folder: Path) -> NoReturn:
     if failure["signal"] is not None:
         raise RankDiedError(f"{where} was killed by {failure['signal']} (by hand, or out of memory)")
     if message.startswith(f"{StoreError.__name__}: "):
+        if "cannot be written" in message:  # of the machine, and not of the cell
+            raise RankDiedError(f"{where}: {message.partition(': ')[2]}")
         raise StoreError(message.partition(": ")[2])
     error = RankError(f"{where} failed: {message}")
     error.add_note(failure["traceback"])

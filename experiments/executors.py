@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -15,7 +17,7 @@ from .config import CellConfig
 from .execution import Execution
 from .work import Finished, work
 
-__all__ = ["Event", "Executor", "InlineExecutor", "WorkerError", "default_jobs", "device_slots"]
+__all__ = ["Event", "Executor", "InlineExecutor", "WorkerError", "default_jobs", "device_slots", "held_signals"]
 
 Event: TypeAlias = Progress | Finished
 
@@ -65,6 +67,16 @@ class InlineExecutor(Executor):
         execution = dataclasses.replace(execution, device=device_slots(execution)[0])
         for cell in cells:
             yield work(cell, execution, self._on_progress)
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """Hold back Ctrl-C and Slurm's warning. Processes started meanwhile never see them: this one ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR2})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def device_slots(execution: Execution) -> list[str]:

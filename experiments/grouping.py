@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .config import CONSTRAINTS
 
-__all__ = ["BROKEN", "DIVERGED", "config_labels", "group_ids", "group_runs", "half_width", "in_order"]
+__all__ = ["BROKEN", "DIVERGED", "config_labels", "group_ids", "group_runs", "half_width", "in_order", "is_able"]
 
 BROKEN, DIVERGED = "certificate broken", "diverged"
 _STATES = (DIVERGED, BROKEN, "failed", "interrupted", "running", "pending")
@@ -32,6 +32,11 @@ def half_width(deviation: ArrayLike, count: ArrayLike) -> NDArray[np.float64]:
     return np.where(n >= 2, width, math.nan)
 
 
+def is_able(status: str) -> bool:
+    """Whether a row of this status may be the best of a column: no run of it diverged or broke its certificate."""
+    return not any(word in status for word in (DIVERGED, BROKEN))
+
+
 def group_runs(frame: pd.DataFrame, keys: Sequence[str], metrics: Sequence[str]) -> pd.DataFrame:
     """One row a combination of the keys' values, in order of first appearance.
 
@@ -50,12 +55,14 @@ def group_runs(frame: pd.DataFrame, keys: Sequence[str], metrics: Sequence[str])
     labels = config_labels(frame, keys)
     ids = group_ids(labels, keys)
     done = frame["state"].eq("done")
-    groups = _numbers(frame, metrics).where(done).groupby(ids)
+    numbers = _numbers(frame, metrics).where(done)
+    groups = numbers.groupby(ids)
     mean = groups.mean()
     width = half_width(groups.std(), groups.count())
     first = labels[~ids.duplicated()].reset_index(drop=True)
     columns: dict[str, Any] = {key: first[key] for key in keys}
-    columns |= {"runs": ids.value_counts().sort_index(), "done": done.groupby(ids).sum(), "status": _status(frame, ids)}
+    columns |= {"runs": ids.value_counts().sort_index(), "done": done.groupby(ids).sum()}
+    columns |= {"status": _with_unattacked(_status(frame, ids), numbers, ids)}
     for at, metric in enumerate(metrics):
         columns |= {metric: mean[metric], f"{metric}_ci95": width[:, at]}
     return pd.DataFrame(columns)
@@ -99,6 +106,15 @@ def _status(frame: pd.DataFrame, ids: "pd.Series[int]") -> list[str]:
         found = [(count, name) for count, name in zip(row, names, strict=True) if count]
         texts.append(", ".join(name if count == total else f"{count} of {total} {name}" for count, name in found))
     return texts
+
+
+def _with_unattacked(status: list[str], numbers: pd.DataFrame, ids: "pd.Series[int]") -> list[str]:
+    """The status, with how many runs have no value under attack where others have: the means are of different runs."""
+    values = numbers[[name for name in numbers.columns if str(name).startswith("worst_case_accuracy")]]
+    done, attacked = numbers.notna().any(axis="columns"), values.notna().any(axis="columns")
+    pairs = zip(attacked.groupby(ids).sum(), done.groupby(ids).sum(), strict=True)
+    notes = [f"{n - m} of {n} not attacked" if 0 < m < n else "" for m, n in pairs]
+    return [", ".join(filter(None, pair)) for pair in zip(status, notes, strict=True)]
 
 
 def _numbers(frame: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:

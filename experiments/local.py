@@ -20,7 +20,7 @@ from types import FrameType
 from .cell import Progress
 from .config import CellConfig, config_id
 from .execution import Execution
-from .executors import Event, Executor, WorkerError, default_jobs, device_slots
+from .executors import Event, Executor, WorkerError, default_jobs, device_slots, held_signals
 from .leases import CancelledRunError
 from .work import Finished, is_fatal, work
 
@@ -110,7 +110,7 @@ class _Worker:
         mine, its = context.Pipe()
         self._process = context.Process(target=_serve, args=(its, self._execution))
         resource_tracker.ensure_running()  # before Ctrl-C is held back: where it has to start, it lets Ctrl-C in again
-        with _no_interrupts():
+        with held_signals():
             self._process.start()
         its.close()
         return mine
@@ -147,16 +147,6 @@ class _Worker:
             self._connection = None
 
 
-@contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Hold back Ctrl-C and Slurm's warning. Processes started meanwhile never see them: this one ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR2})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def _dismiss(workers: Sequence[_Worker]) -> None:
     """Let idle workers end by themselves, all at once."""
     for worker in workers:
@@ -169,7 +159,7 @@ def _stop(workers: Sequence[_Worker]) -> None:
 
     One that heeds no signal, or swallows what it raises, is killed.
     """
-    with _no_interrupts():
+    with held_signals():
         processes = [worker.process for worker in workers if worker.process is not None and not worker.is_dead]
         for patience in _PATIENCE_S:
             for process in processes:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from .config import BASELINES
+from .grouping import is_able
 from .report_html import Html, count, description, listed, percent, seconds, tag
 from .report_series import number
 from .report_table import STATES
@@ -96,7 +97,7 @@ def headline_html(table: pd.DataFrame) -> Html:
     for metric in [name for name in metrics if re.fullmatch(r"certified_accuracy_eps_[^_]+", name)]:
         eps = metric.partition("_eps_")[2]
         for (dataset, norm), rows in table.groupby(["dataset", "norm"], sort=False):
-            values = pd.to_numeric(rows[metric])
+            values = pd.to_numeric(rows[metric]).where(rows["status"].map(is_able))
             if values.isna().all():
                 continue
             row = rows.iloc[int(values.argmax())]

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from .config import FIELDS
+from .grouping import is_able
 from .report_html import MISSING, Html, count, joined, listed, tag
 from .report_series import naming_fields, text
 
@@ -162,7 +163,7 @@ def _result(row: Mapping[Hashable, Any], column: _Column, best: float) -> Html:
     shown: list[str] = [format(scale * value, digits)]
     if not math.isnan(spread) and column.metric != "lipschitz_upper":
         shown.append(tag("small", f" ± {format(scale * spread, '.1f' if column.is_share else '.1g')}"))
-    marked = value == best
+    marked = value == best and is_able(str(row["status"]))
     return tag("td", *shown, class_=classes + (" best" if marked else ""), data_v=f"{value:.6g}")
 
 
@@ -171,7 +172,7 @@ def _best(rows: Sequence[Mapping[Hashable, Any]], metrics: Sequence[str]) -> dic
     values: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         for metric in metrics:
-            if not math.isnan(row[metric]):
+            if not math.isnan(row[metric]) and is_able(str(row["status"])):
                 values.setdefault(_place(row, metric), []).append(row[metric])
     return {place: max(found) for place, found in values.items() if len(found) > 1}
 

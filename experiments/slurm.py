@@ -17,7 +17,7 @@ from .chunks import Chunk, write_chunk
 from .config import CellConfig, config_id
 from .evaluation import CertificateViolationError
 from .execution import MACHINERY, Execution
-from .executors import Event, Executor, WorkerError
+from .executors import Event, Executor, WorkerError, held_signals
 from .leases import CancelledRunError, read_lease
 from .slurm_options import SlurmOptions
 from .store import RunFolder, StoreError, write_atomic
@@ -94,7 +94,7 @@ class SlurmExecutor(Executor):
         cells: dict[str, str] = {}
         for record, found in others:
             live = [job for job in found if submit.outcome(states[job]) == "alive"]
-            if found and not live and not record.is_alive:
+            if found and not live and record.is_alive is False:
                 record.remove(output)
             cells |= _cells_of(output, record.token, live)
         return cells
@@ -122,13 +122,17 @@ class SlurmExecutor(Executor):
         chunks = [
             write_chunk(folder / f"chunk-{number + k:05d}.json", share, execution) for k, share in enumerate(shares)
         ]
-        jobs = submit.submit(
-            folder, self._options, [chunk.path for chunk in chunks], cells_per_gpu=execution.cells_per_gpu
-        )
-        self._live |= {job: _Followed(job, chunk, times) for job, chunk in zip(jobs, chunks, strict=True)}
-        names = _read_names(folder) | {job: chunk.path.name for job, chunk in zip(jobs, chunks, strict=True)}
-        write_atomic(folder / _JOBS_NAME, json.dumps(names).encode())
-        add_jobs(execution.output, execution.token, jobs)
+        paths = [chunk.path for chunk in chunks]
+        with held_signals():  # a job that nobody has noted could not be cancelled
+            jobs = submit.submit(folder, self._options, paths, cells_per_gpu=execution.cells_per_gpu)
+            try:
+                add_jobs(execution.output, execution.token, jobs)
+                names = _read_names(folder) | {job: path.name for job, path in zip(jobs, paths, strict=True)}
+                write_atomic(folder / _JOBS_NAME, json.dumps(names).encode())
+            except StoreError:
+                submit.cancel(jobs)
+                raise
+            self._live |= {job: _Followed(job, chunk, times) for job, chunk in zip(jobs, chunks, strict=True)}
 
     def _follow(self, execution: Execution) -> Iterator[Event]:
         answered = time.monotonic()
@@ -138,6 +142,8 @@ class SlurmExecutor(Executor):
                 yield from job.news()
             yield from self._progress(execution)
             if execution.cancel_path.exists():
+                for job in self._live.values():  # a broken certificate cancels the others, and is told before that
+                    yield from job.news()
                 raise CancelledRunError("cancelled")
             try:
                 states = submit.states(self._live)

@@ -189,7 +189,7 @@ def cancel(output: str | Path) -> list[RunRecord]:
         if record.is_alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):  # another user's sees the marker
                 os.kill(record.process["pid"], signal.SIGINT)
-        elif record.jobs:
+        elif record.jobs and record.is_alive is False:
             record.remove(output)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
@@ -184,8 +185,11 @@ class _Sweep:
         except CancelledRunError as error:
             raise KeyboardInterrupt from error
         except CertificateViolationError:
-            executor.abort()
             _remove_tables(output)
+            try:
+                executor.abort()
+            except RuntimeError as failure:  # the broken certificate is what matters
+                self._watcher.say(f"the jobs could not be cancelled ({failure}); certify cancel ends them")
             raise
         finally:
             if not executor.goes_on:
@@ -306,10 +310,11 @@ def _check_cells(cells: Sequence[CellConfig], data_root: str | None) -> None:
 
 
 def _remove_tables(output: str | Path) -> None:
-    """No table of a run with a broken certificate is left to be believed."""
-    for suffix in _TABLES:
+    """No table, picture or page of a run with a broken certificate is left to be believed."""
+    for name in (*(f"robustness.{suffix}" for suffix in _TABLES), "report.html"):
         with contextlib.suppress(OSError):
-            (Path(output) / f"robustness.{suffix}").unlink(missing_ok=True)
+            (Path(output) / name).unlink(missing_ok=True)
+    shutil.rmtree(Path(output) / "figures", ignore_errors=True)
 
 
 def _reasons(failed: Sequence[Finished]) -> str:

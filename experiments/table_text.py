@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from .grouping import BROKEN, DIVERGED
+from .grouping import BROKEN, DIVERGED, config_labels, group_ids, is_able
 from .tables import DISTANCES, NAMES, OVERVIEW
 
 __all__ = ["MISSING", "Block", "Cell", "blocks"]
@@ -171,12 +171,26 @@ def _column(table: pd.DataFrame, name: str) -> _Column:
     status = table[f"status{place}"].tolist()
     planned = table[f"runs{place}"].tolist() if place else [1] * len(table)
     shown = [_mean(*pair, percent="accuracy" in value) for pair in zip(table[name], half, strict=True)]
-    best = _best(table[name].to_numpy(np.float64), [number for _, number in shown], status, _direction(value))
+    best = [False] * len(table)
+    means, numbers = table[name].to_numpy(np.float64), [number for _, number in shown]
+    for rows in _comparable(table):
+        found = _best(means[rows], [numbers[at] for at in rows], [status[at] for at in rows], _direction(value))
+        for at, one in zip(rows, found, strict=True):
+            best[at] = one
     cells = [
         Cell(text, note if place else "", first, _is_bad(note)) if count else Cell("")
         for (text, _), note, first, count in zip(shown, status, best, planned, strict=True)
     ]
     return _Column(re.sub(r"=inf(?=,|$)", "=∞", head.removesuffix("]")) or _header(value), cells, "right")
+
+
+def _comparable(table: pd.DataFrame) -> list[list[int]]:
+    """Positions of the rows of each data set and norm: only these compete for the best of a column."""
+    keys = [name for name in ("dataset", "norm") if name in table.columns]
+    if not keys or table.empty:
+        return [list(range(len(table)))]
+    ids = group_ids(config_labels(table, keys), keys).tolist()
+    return [[at for at, one in enumerate(ids) if one == group] for group in sorted(set(ids))]
 
 
 def _header(metric: str) -> str:
@@ -194,7 +208,7 @@ def _direction(metric: str) -> int:
 def _best(means: _Floats, shown: Sequence[float], status: Sequence[str], direction: int) -> list[bool]:
     """Which rows are best, with those that look equal as they are shown; none where fewer than two have a number."""
     known = ~np.isnan(means)
-    able = known & np.array([not any(word in text for word in (DIVERGED, BROKEN)) for text in status])
+    able = known & np.array([is_able(text) for text in status])
     if not direction or np.count_nonzero(known) < 2 or not able.any():
         return [False] * len(means)
     top = means == direction * (direction * means[able]).max()
