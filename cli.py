@@ -92,6 +92,26 @@ def _spec(path: Path | None, flags: dict[str, str | None]) -> RunSpec:
     return RunSpec.from_toml(path, overrides=settings)
 
 
+def _checked_execution(
+    grid: RunSpec,
+    executor: str | None,
+    jobs: int | None,
+    threads: int | None,
+    gpus_per_cell: int | None,
+    cells_per_gpu: int | None,
+    slurm: tuple[str, ...],
+) -> dict[str, Any]:
+    """The options of the Slurm jobs; all that says how cells run is checked, whether it is used or not."""
+    from .experiments.slurm_options import SlurmOptions, parse_options
+
+    given = {"executor": executor, "jobs": jobs, "threads": threads}
+    given |= {"gpus_per_cell": gpus_per_cell, "cells_per_gpu": cells_per_gpu}
+    RunSpec(execution={**grid.execution, **{key: value for key, value in given.items() if value is not None}})
+    options = parse_options(slurm)
+    SlurmOptions.from_mapping({**grid.slurm, **options})
+    return options
+
+
 @click.group(
     cls=_Group,
     invoke_without_command=True,
@@ -162,13 +182,13 @@ def run(
     """
     grid = _spec(spec, flags)
     console = _console()
+    options = _checked_execution(grid, executor, jobs, threads, gpus_per_cell, cells_per_gpu, slurm)
     if dry_run:
         from .experiments.status import print_dry_run
 
         print_dry_run(grid, output, console)
         return
     from .experiments.console import LiveRun
-    from .experiments.slurm_options import parse_options
     from .experiments.sweep import run as run_grid
     from .experiments.table_writers import print_table
 
@@ -184,7 +204,7 @@ def run(
             gpus_per_cell=gpus_per_cell,
             cells_per_gpu=cells_per_gpu,
             track=_names(track) if track else None,
-            slurm=parse_options(slurm),
+            slurm=options,
             retry_failed=retry_failed,
             wait=not no_wait,
             watcher=watcher,

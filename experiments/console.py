@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .cell import Progress
 from .config import FIELDS, CellConfig, config_id
+from .leases import CancelledRunError
 from .work import Finished
 
 __all__ = ["LiveRun"]
@@ -85,7 +86,8 @@ class LiveRun:
         self._stages.pop(finished.id, None)
         if finished.summary is None:
             self._stages[finished.id] = _FAILED
-            self._say(f"{title}: failed ({finished.error})")
+            word = "stopped" if isinstance(finished.error, CancelledRunError) else "failed"
+            self._say(f"{title}: {word} ({finished.error})")
             return
         self._summaries[finished.id] = finished.summary
         if not self._console.is_terminal:

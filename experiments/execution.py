@@ -6,6 +6,8 @@ import dataclasses
 import uuid
 from pathlib import Path
 
+from .config import ConfigError
+
 __all__ = ["MACHINERY", "Execution"]
 
 MACHINERY = ".certify"  # folder beside the run folders: plans, run records, job files
@@ -43,11 +45,11 @@ class Execution:
             del counts["jobs"]
         wrong = {key: value for key, value in counts.items() if type(value) is not int or value < 1}
         if wrong:
-            raise ValueError(
+            raise ConfigError(
                 "; ".join(f"{key}: expected an integer >= 1, got {value!r}" for key, value in wrong.items())
             )
         if self.gpus_per_cell > 1 and self.cells_per_gpu > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"gpus_per_cell = {self.gpus_per_cell} with cells_per_gpu = {self.cells_per_gpu}: one must be 1"
             )
 

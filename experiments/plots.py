@@ -87,7 +87,7 @@ def write_figures(runs: Runs, folder: str | Path) -> list[Path]:
     differing = differing_settings(finished)
     if differing:
         settings = finished[differing].to_dict("records")
-        names = pd.Series([",".join(f"{key}={row[key]}" for key in row) for row in settings], finished.index)
+        names = pd.Series([",".join(f"{key}={_setting(row[key])}" for key in row) for row in settings], finished.index)
         parts = {name: finished[names.eq(name)] for name in sorted(set(names))}
         paths = [write_figures(part, Path(folder) / re.sub(r"[^\w.,=-]+", "_", name)) for name, part in parts.items()]
         return [path for written in paths for path in written]
@@ -97,6 +97,13 @@ def write_figures(runs: Runs, folder: str | Path) -> list[Path]:
     if finished["attacks"].map(len).any() and not finished["diverged"].eq(True).all():
         figures["radius_against_distance"] = plot_radius_against_distance(finished)
     return [path for name, figure in figures.items() for path in save_figure(figure, Path(folder) / name)]
+
+
+def _setting(value: object) -> str:
+    """A setting in the name of a folder."""
+    if isinstance(value, float):
+        return "unset" if math.isnan(value) else f"{value:g}"
+    return "unset" if value is None else str(value)
 
 
 def plot_accuracy_over_eps(runs: Runs, *, eps_max: float | None = None) -> "Figure":

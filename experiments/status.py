@@ -114,7 +114,9 @@ def _view(status: Status, state: str | None) -> Group:
     from rich.text import Text
 
     counts = Text(", ").join(Text(f"{count} {name}", _STYLES[name]) for name, count in status.counts.items() if count)
-    head = Text(f"{len(status.cells)} cells: ").append_text(counts)
+    head = Text(f"{len(status.cells)} cells: " if status.cells else "no cell: certify run makes them").append_text(
+        counts
+    )
     if status.left_s is not None:
         head.append(f"; about {_duration(status.left_s)} to go")
     parts: list[Any] = [head, *(Text(str(record)) for record in status.runs)]

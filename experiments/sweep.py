@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from .cell import Progress, cell_data, check_cell
-from .config import CellConfig, config_id
+from .config import CellConfig, ConfigError, config_id
 from .contents import check_contents
 from .evaluation import CertificateViolationError
 from .execution import Execution
@@ -146,9 +146,9 @@ def _make_executor(
 
         return SlurmExecutor(SlurmOptions.from_mapping(slurm), watcher.say, wait=wait)
     if not wait:
-        raise ValueError(f"wait: only Slurm jobs can be left to themselves, got executor {name!r}")
+        raise ConfigError(f"no-wait: only Slurm jobs can be left to themselves, got executor {name!r}")
     if name not in EXECUTORS:
-        raise ValueError(f"executor: expected one of {', '.join(EXECUTORS)}; got {name!r}")
+        raise ConfigError(f"executor: expected one of {', '.join(EXECUTORS)}; got {name!r}")
     check_device(execution.device)
     device_slots(execution)
     return InlineExecutor(watcher.progress) if name == "inline" else LocalExecutor()

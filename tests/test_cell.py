@@ -217,3 +217,18 @@ def test_the_content_of_named_files_is_in_the_summary(finished, tmp_path):
     assert finished[1]["content"] is None
     start = tiny(checkpoint=str(finished[0].checkpoint_path), epochs=1)
     assert run_cell(start, into(tmp_path))["content"].startswith("checkpoint=")
+
+
+def test_a_broken_certificate_is_told_also_where_its_example_cannot_be_saved(tmp_path, monkeypatch):
+    def broken(*arguments, **options):
+        raise CertificateViolationError("certificate broken: sample 3", {"x": torch.zeros(1)})
+
+    def full(path, state):
+        if path.name == "counterexample.safetensors":
+            raise StoreError("no space")
+        save_checkpoint(path, state)
+
+    monkeypatch.setattr(cells, "evaluate", broken)
+    monkeypatch.setattr(cells, "save_checkpoint", full)
+    with pytest.raises(CertificateViolationError, match="sample 3; the example could not be saved: no space"):
+        run_cell(tiny(), into(tmp_path))

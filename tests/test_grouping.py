@@ -132,3 +132,11 @@ def test_order_of_constraints_thresholds_and_unset():
 def test_text_is_no_number():
     with pytest.raises(ValueError, match=r"machine: expected numbers in every summary.json \(.*\)$"):
         group_runs(frame(run()), ["model"], ["machine"])
+
+
+def test_means_over_runs_of_which_some_were_not_attacked_say_so():
+    rows = {"constraint": ["cap", "cap"], "state": ["done", "done"], "certified_accuracy_eps_0.3": [0.9, 0.4]}
+    frame = pd.DataFrame(rows | {"worst_case_accuracy_eps_0.3": [math.nan, 0.5]})
+    metrics = ["certified_accuracy_eps_0.3", "worst_case_accuracy_eps_0.3"]
+    assert group_runs(frame, ["constraint"], metrics)["status"].tolist() == ["1 of 2 not attacked"]
+    assert group_runs(frame[1:], ["constraint"], metrics)["status"].tolist() == [""]

@@ -182,3 +182,12 @@ def test_the_modules_of_status_need_no_torch_and_no_pandas():
     )
     with process(code) as run:
         assert run.line() == "."
+
+
+def test_a_run_on_another_machine_keeps_its_mark_of_cancellation(tmp_path, monkeypatch):
+    monkeypatch.setattr(submit, "cancel", lambda jobs: None)
+    record = RunRecord(token="far", executor="slurm", cells=1, process={**this_process(), "machine": "elsewhere"})
+    record.write(tmp_path)
+    add_jobs(tmp_path, "far", ["5_0"])
+    cancel(tmp_path)
+    assert machinery(tmp_path) == ["run-far.cancel", "run-far.json"]

@@ -7,7 +7,7 @@ from frames import frame, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speccert.experiments.table_text import MISSING, blocks
+from speccert.experiments.table_text import MISSING, _column, blocks
 from speccert.experiments.tables import pivot_table, robustness_table
 
 
@@ -202,3 +202,8 @@ def test_missing_numbers_are_shown_as_missing():
         assert {cell.shown() for cell in bad[3:]} == {MISSING}
         assert all(cell.bad for cell in bad)
         assert not any(cell.bad for cell in block.rows[0])
+
+
+def test_rows_of_other_norms_do_not_compete_for_the_best():
+    rows = {"norm": ["l2", "l2", "linf", "linf"], "status": [""] * 4, "clean_accuracy": [0.9, 0.8, 0.3, 0.4]}
+    assert [cell.best for cell in _column(pd.DataFrame(rows), "clean_accuracy").cells] == [True, False, False, True]
