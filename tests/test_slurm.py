@@ -14,6 +14,7 @@ from speccert.cli import main
 from speccert.experiments import run, submit, sweep
 from speccert.experiments.config import ConfigError
 from speccert.experiments.execution import Execution
+from speccert.experiments.processes import this_process
 from speccert.experiments.slurm import SlurmExecutor
 from speccert.experiments.slurm_options import SlurmOptions
 from speccert.experiments.study import RunRecord, records
@@ -323,6 +324,10 @@ def test_queued_cells_are_those_of_living_jobs_and_old_records_go(tmp_path, clus
     cluster.states["1"] = "COMPLETED"
     assert set(other.queued(str(tmp_path))) == {first}
     cluster.states["0"] = "CANCELLED"
+    assert other.queued(str(tmp_path)) == {}
+    assert len(records(tmp_path)) == 1  # its process may live, where it can't be seen from here
+    dead = {**this_process(), "start": "1"}
+    RunRecord(token=record.token, executor="slurm", cells=2, jobs=record.jobs, process=dead).write(tmp_path)
     assert other.queued(str(tmp_path)) == {}
     assert records(tmp_path) == []
 
