@@ -1,9 +1,7 @@
 """What all executors share: the same results, errors that end one cell only, the choice of devices."""
 
-import multiprocessing
 import os
 import signal
-import sys
 
 import pytest
 import torch
@@ -51,20 +49,15 @@ def lies(input_shape, num_classes):
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """One thread in workers, too; pictures take seconds and are drawn elsewhere; no worker outlives a test."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(sweep, "write_figures", lambda *_: [])
-    yield
-    assert multiprocessing.active_children() == []
+    monkeypatch.setattr(sweep, "write_figures", lambda *_: [])  # pictures take seconds and are drawn elsewhere
+    with trials.one_thread_workers(monkeypatch):
+        yield
 
 
 @pytest.fixture
 def spec(tmp_path, monkeypatch):
     """Settings with a model that behaves as told, but in workers only."""
-    name = f"worker_models_{os.getpid()}"
-    (tmp_path / f"{name}.py").write_text(MODEL)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, name, raising=False)
+    name = trials.importable(MODEL, tmp_path, monkeypatch)
     settings = {**trials.SMALL, "constraints": ["none"], "normalise": "none", "attacks": ["fgsm"], "width": None}
     return lambda function="build", **more: {**settings, "seeds": [0, 1], "model": f"{name}:{function}", **more}
 

@@ -4,7 +4,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import time
 
 import pytest
@@ -34,18 +33,13 @@ def prints(input_shape, num_classes):
 
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch):
-    """One thread in workers, too; no worker outlives a test."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    assert multiprocessing.active_children() == []
+    with trials.one_thread_workers(monkeypatch):
+        yield
 
 
 @pytest.fixture
 def model(tmp_path, monkeypatch):
-    name = f"models_of_workers_{os.getpid()}"
-    (tmp_path / f"{name}.py").write_text(MODEL)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, name, raising=False)
+    name = trials.importable(MODEL, tmp_path, monkeypatch)
     settings = {**trials.SMALL, "constraint": "none", "normalise": "none", "attacks": ["fgsm"], "width": None}
     return lambda function: {**settings, "model": f"{name}:{function}"}
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -32,6 +33,23 @@ SMALL = {
 TWELVE = {**SMALL, "constraints": ["cap", "clip"], "thresholds": [0.5, 1.0, 2.0], "seeds": [0, 1]}
 LONG = {**SMALL, "thresholds": [1.0], "seeds": [0, 1], "epochs": 40}  # seconds each, in many steps
 ENDLESS = {**LONG, "epochs": 100_000}
+
+
+@contextlib.contextmanager
+def one_thread_workers(monkeypatch):
+    """One thread in workers, too; no worker outlives the test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    assert multiprocessing.active_children() == []
+
+
+def importable(text, folder, monkeypatch):
+    """The name of a module of this text that this process and its workers can import."""
+    name = f"models_of_{folder.name}_{os.getpid()}"
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return name
 
 
 def cells_of(settings):
