@@ -186,24 +186,32 @@ def _record(model: nn.Module, graph: fx.Graph, sample: Tensor) -> dict[fx.Node, 
 
 @torch.no_grad()
 def check_replay(graph: Graph) -> None:
-    """Raise ValueError where the model itself, on fewer samples, gives other outputs than its graph did.
+    """Raise ValueError where the model itself gives other outputs than its graph did.
 
-    A trace forgets that two names are one tensor (`b = a; a += x` also changes b), and takes the batch size for a
-    constant.
+    On the batch that was recorded, to the last bit: the same operations on the same numbers. A trace forgets that two
+    names are one tensor (`b = a; a += x` also changes b), leaves out contexts such as autocast, and takes for constants
+    what is drawn at random or counted from call to call. On fewer samples up to rounding, which can depend on the
+    batch: a sample's output must not depend on its neighbours.
     """
     with _errors_of_shape(graph.sample):
-        found = graph.model(graph.sample[:2].clone())
+        again, fewer = graph.model(graph.sample.clone()), graph.model(graph.sample[:2].clone())
+    if not _same(again, graph.image):
+        raise ValueError(
+            "the model: expected its traced graph to give the same outputs to the last bit; a tensor in use is changed "
+            "in place, the forward pass switches autocast, draws random numbers, or changes from call to call"
+        )
     image = graph.image.nan_to_num(0.0, 0.0, 0.0)
     tolerance = _REPLAY.get(image.dtype, 0.1)
     # per output: one that is large and constant, such as that of a masked class, must not hide the others' deviation
     allowed = tolerance * (image.amax(0) - image.amin(0)) + tolerance / 100 * image.abs().amax(0)
-    deviation = (found - graph.image[:2]).abs()
-    same = (found == graph.image[:2]) | (found.isnan() & graph.image[:2].isnan())
+    deviation = (fewer - graph.image[:2]).abs()
+    same = (fewer == graph.image[:2]) | (fewer.isnan() & graph.image[:2].isnan())
     if not bool((same | (deviation <= allowed)).all()):
-        raise ValueError(
-            "the model: expected its traced graph to give the same outputs; a tensor in use is changed in place, or a "
-            "sample's output depends on the other samples of its batch"
-        )
+        raise ValueError("the model: expected a sample's output not to depend on the other samples of its batch")
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    return found.dtype == expected.dtype and bool(((found == expected) | (found.isnan() & expected.isnan())).all())
 
 
 @contextmanager

@@ -168,6 +168,37 @@ def assert_sound_in_place(model):
     assert bool((change.norm(dim=1) <= bound.upper * (x - other).norm(dim=1) * (1 + 1e-9)).all())
 
 
+class Unseen(nn.Module):
+    """A forward pass with something that a trace does not record."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.calls = kind, 0
+        self.a, self.b = nn.Linear(16, 2), nn.Linear(16, 2)
+        with torch.no_grad():
+            self.b.weight.mul_(0.01)
+
+    def forward(self, x):
+        if self.kind == "autocast":
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                small = self.b(x)
+            return self.a(x) + small
+        if self.kind == "random":
+            return self.a(x) + 1e-5 * torch.randn(2)
+        self.calls += 1
+        return self.a(x) * (1 + 1e-5 * self.calls)
+
+
+@pytest.mark.parametrize("kind", ["autocast", "random", "counted"])
+def test_what_a_trace_leaves_out_is_refused_however_small(kind):
+    """The tolerance of rounding between batch sizes once hid them."""
+    refuse(randomised(Unseen(kind)).eval(), (16,), "to the last bit")
+
+
+def test_outputs_that_lean_on_the_batch_size_are_refused():
+    refuse(wired(lambda m, x: m.fc(x) * x.shape[0], fc=nn.Linear(3, 3)), (3,), "depend on the other samples")
+
+
 def test_usual_in_place_layers_are_accepted():
     def block(m, x):
         out = m.conv(m.act(m.conv(x)))
