@@ -1,13 +1,19 @@
-"""Tightness and time of `norm_bounds` on zero-padded convolutions.
+"""Tightness, time and memory of `norm_bounds` on zero-padded convolutions.
 
 Tightness is against the exact norm: Lanczos in float64 on the true operator, to 1e-8. Lanczos approaches it from below,
 so that a ratio shown here is never smaller than the true one. Time is against 100 power iterations on the same operator
-in float32, by conv2d and conv_transpose2d.
+in float32, by conv2d and conv_transpose2d. With `--memory`, instead, peak memory beyond that of the layer for 512
+channels: the rise of the process's largest resident size, each case in a process of its own.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import resource
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,6 +27,7 @@ from torch.nn import functional
 
 from speccert.certify import norm_bounds
 
+MEMORY_SIDES = (8, 32)
 POWER_STEPS = 100
 ROUNDS = 3
 WIDTHS = [  # c_in, c_out, kernel, stride, side
@@ -145,6 +152,40 @@ def rows() -> Iterator[dict[str, str]]:
             }
 
 
+def memory_rows() -> Iterator[dict[str, str]]:
+    for side in MEMORY_SIDES:
+        command = [sys.executable, __file__, "--memory-of", str(side)]
+        upper, seconds, rise = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        yield {
+            "convolution": Case(512, 512, 3, 1, side, "random").name,
+            "proved": upper,
+            "bounds, s": seconds,
+            "peak memory beyond the layer, MB": rise,
+        }
+
+
+def print_memory(side: int) -> None:
+    """Bound, seconds of CPU time and rise of the peak memory of one layer, on one line."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    norm_bounds(nn.Conv2d(8, 8, 3, padding=1), (8, 40, 40))  # loads what the libraries load once
+    layer = nn.Conv2d(512, 512, 3, padding=1, bias=False).requires_grad_(False)
+    before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    bounds = norm_bounds(layer, (512, side, side))
+    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # kilobytes on Linux
+    print(f"{bounds.upper:.4f} {time.process_time() - begin:.1f} {rise / 1000:.0f}")
+
+
 if __name__ == "__main__":
-    start("Convolutions: proved bound against the exact norm")
-    show(list(rows()))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of time")
+    parser.add_argument("--memory-of", type=int, metavar="SIDE", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory_of:
+        print_memory(arguments.memory_of)
+    elif arguments.memory:
+        start("Convolutions: memory of the proved bound")
+        show(list(memory_rows()))
+    else:
+        start("Convolutions: proved bound against the exact norm")
+        show(list(rows()))

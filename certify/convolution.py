@@ -3,23 +3,26 @@
 The l2 bound is that of a circular convolution on a torus, of which the layer is a compression (Sedghi, Gupta, Long,
 "The singular values of convolutional layers", ICLR 2019, for the circular case); a stride joins the frequencies that it
 aliases. The torus may be twisted: with x[t + N] = -x[t] instead of x[t + N] = x[t] the argument holds unchanged, since
-zero padding never reads across the seam, and the half-shifted frequencies often give a smaller bound.
+zero padding never reads across the seam, and the half-shifted frequencies often give a smaller bound. `torus` proves
+the norm on the torus.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .linear import SAFETY, Diagonal, LinearMap, NormBounds, largest_norm
+from .linear import Diagonal, LinearMap, NormBounds, converted, product_slack, sum_slack
+from .power import starting_vector
+from .rounding import down_add, down_div, down_mul, gamma, largest_entry, norm_up, sum_up, up_mul, up_sqrt
+from .torus import Torus, torus_norm
 
-_CHUNK_ENTRIES = 1 << 18  # complex numbers of one batch of frequency blocks: 4 MB, which stays in the cache
+_LANCZOS_STEPS = 16
+_LANCZOS_GAIN = 3e-4  # of the squared norm, in one step
 _CONVOLVE = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSE = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
@@ -39,6 +42,7 @@ class Convolution(LinearMap):
     dilation: tuple[int, ...]
     groups: int = 1
     padding_mode: str = "zeros"
+    slack: float = 0.0
 
     @property
     def spans(self) -> tuple[int, ...]:
@@ -50,6 +54,22 @@ class Convolution(LinearMap):
         """(c_out, *spatial)."""
         axes = zip(self.in_shape[1:], self.padding, self.spans, self.stride, strict=True)
         return (self.weight.shape[0], *((n + sum(pad) - span - 1) // s + 1 for n, pad, span, s in axes))
+
+    @property
+    def terms(self) -> int:
+        """Taps times input channels of one output."""
+        return math.prod(self.weight.shape[1:])
+
+    @property
+    def adjoint_terms(self) -> int:
+        """Taps times output channels of one input, and the copies that padding makes of a pixel."""
+        copies = math.prod(_copies(self, axis) for axis in range(len(self.stride)))
+        return math.prod(self.weight.shape[2:]) * self.weight.shape[0] // self.groups + copies - 1
+
+    @property
+    def matrix_terms(self) -> int:
+        """None where every tap has its own entry; taps that read copies of one pixel are added up."""
+        return 0 if self.padding_mode == "zeros" else self.weight[0, 0].numel()
 
     def apply(self, x: Tensor) -> Tensor:
         """See `LinearMap.apply`."""
@@ -76,14 +96,16 @@ class Convolution(LinearMap):
             return None
         per_group = scale.reshape(self.groups, 1, -1).expand(-1, self.weight.shape[0] // self.groups, -1)
         factor = per_group.reshape(*self.weight.shape[:2], *(1 for _ in self.stride))
-        return replace(self, weight=self.weight * factor)
+        held = replace(self, weight=self.weight * factor)
+        return replace(held, slack=product_slack(held, first, self))
 
     def followed_by(self, last: LinearMap) -> LinearMap | None:
         """Absorbs a factor per output channel, e.g. batch normalisation in eval mode."""
         scale = channel_scale(last)
         if scale is None:
             return None
-        return replace(self, weight=self.weight * scale.reshape(-1, *(1 for _ in self.weight.shape[1:])))
+        held = replace(self, weight=self.weight * scale.reshape(-1, *(1 for _ in self.weight.shape[1:])))
+        return replace(held, slack=product_slack(held, self, last))
 
     def plus(self, other: LinearMap) -> LinearMap | None:
         """Adds a channel-wise diagonal map: the identity of a residual block is a kernel with a one at its centre."""
@@ -97,7 +119,8 @@ class Convolution(LinearMap):
         channels = torch.arange(weight.shape[0], device=weight.device)
         index = (channels, channels % weight.shape[1], *(torch.full_like(channels, c) for c in centre))
         weight[index] = weight[index] + scale
-        return replace(self, weight=weight)
+        held = replace(self, weight=weight)
+        return replace(held, slack=sum_slack(held, self, other))
 
     def _centre(self) -> tuple[int, ...] | None:
         """Tap that reads the pixel itself, where there is one."""
@@ -107,16 +130,15 @@ class Convolution(LinearMap):
         return centre if all(c < k for c, k in zip(centre, self.weight.shape[2:], strict=True)) else None
 
     def _structured(self, norm: str) -> NormBounds:
-        upper = torus_bound(self) if norm == "l2" else self._absolute_sums(norm)
-        return NormBounds(0.0, upper * (1 + SAFETY), "torus" if norm == "l2" else "absolute sums")
+        return _bracket(self, self, norm)
 
-    def _absolute_sums(self, norm: str) -> float:
+    def _absolute(self, norm: str) -> float:
         """linf: the largest sum over an output channel's taps; l1: over those of an input channel, times repeats."""
-        weight = self.weight.abs().flatten(2).sum(2)  # [c_out, c_in / groups]
         if norm == "linf":
-            return float(weight.sum(1).max())
-        columns = weight.reshape(self.groups, -1, weight.shape[1]).sum(1)
-        return float(columns.max()) * math.prod(_repeats(self, axis) for axis in range(len(self.stride)))
+            return float(sum_up(self.weight.flatten(1)).max())
+        columns = self.weight.reshape(self.groups, -1, *self.weight.shape[1:]).transpose(1, 2).flatten(2)
+        repeats = math.prod(_repeats(self, axis) for axis in range(len(self.stride)))
+        return up_mul(float(sum_up(columns).max()), float(repeats))
 
 
 @dataclass(frozen=True)
@@ -135,6 +157,7 @@ class Transposed(LinearMap):
     output_padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int = 1
+    slack: float = 0.0
 
     @property
     def out_shape(self) -> tuple[int, ...]:
@@ -146,6 +169,21 @@ class Transposed(LinearMap):
         """The convolution of which this is the adjoint."""
         return Convolution(self.weight, self.image_shape, self.stride, self.padding, self.dilation, self.groups)
 
+    @property
+    def terms(self) -> int:
+        """Taps times input channels of one output."""
+        return self.forward.adjoint_terms
+
+    @property
+    def adjoint_terms(self) -> int:
+        """Taps times output channels of one input."""
+        return self.forward.terms
+
+    @property
+    def matrix_terms(self) -> int:
+        """None: every tap has its own entry."""
+        return 0
+
     def apply(self, x: Tensor) -> Tensor:
         """See `LinearMap.apply`."""
         transpose = _TRANSPOSE[len(self.stride)]
@@ -153,7 +191,10 @@ class Transposed(LinearMap):
         return transpose(x, self.weight, None, self.stride, before, self.output_padding, self.groups, self.dilation)
 
     def _structured(self, norm: str) -> NormBounds:
-        return self.forward._structured({"l2": "l2", "linf": "l1", "l1": "linf"}[norm])
+        return _bracket(self, self.forward, norm)
+
+    def _absolute(self, norm: str) -> float:
+        return self.forward._absolute("l1" if norm == "linf" else "linf")
 
 
 def channel_scale(linear: LinearMap) -> Tensor | None:
@@ -167,25 +208,96 @@ def channel_scale(linear: LinearMap) -> Tensor | None:
     return scale.flatten().expand(linear.in_shape[0])
 
 
-def torus_bound(convolution: Convolution) -> float:
-    """Upper bound of the l2 norm from frequency blocks on a torus; the smallest over the allowed twists.
+def _bracket(linear: Convolution | Transposed, convolution: Convolution, norm: str) -> NormBounds:
+    """Bracket of a float64 map, slack included; `convolution` is the map itself or what it is the adjoint of."""
+    if norm != "l2":
+        return NormBounds(0.0, linear.absolute(norm), "absolute sums")
+    torus = torus_of(convolution)
+    lower = _attained(linear, torus)
+    bounds = NormBounds(min(lower, torus.upper), torus.upper, "torus", torus=torus.axes)
+    return bounds.widened(linear.slack)
 
-    With side N (a multiple of the stride s) the operator is block-diagonal: the s aliased frequencies of an axis join
-    in blocks c_out x (c_in * s), scaled by s^(-1/2). Grouped: the maximum over groups. Reflect and replicate padding:
+
+def torus_bound(convolution: Convolution) -> float:
+    """Proved upper bound of the l2 norm from frequency blocks on a torus; see `torus_of`."""
+    return torus_of(convolution).upper
+
+
+def torus_of(convolution: Convolution) -> Torus:
+    """Proved upper bound of the l2 norm from frequency blocks on a torus, of which the map is a compression.
+
+    Zero padding: a torus that no window wraps around; grouped: the maximum over groups. Reflect and replicate padding:
     the unpadded convolution times the norm of the padding map, the root of the most often repeated pixel's count.
     """
     dims = len(convolution.stride)
-    factor = math.sqrt(math.prod(_repeats(convolution, axis) for axis in range(dims)))
-    scale = float(convolution.weight.abs().max()) if convolution.weight.numel() else 0.0
-    if scale == 0.0:
+    factor = up_sqrt(float(math.prod(_repeats(convolution, axis) for axis in range(dims))))
+    torus = torus_norm(
+        convolution.weight,
+        convolution.groups,
+        convolution.dilation,
+        [_torus(convolution, axis) for axis in range(dims)],
+        twisted=convolution.padding_mode != "circular",
+    )
+    steps = (stride // joined for stride, (_, joined, _) in zip(convolution.stride, torus.axes, strict=True))
+    angles = tuple(angle * step for angle, step in zip(torus.angles, steps, strict=True))
+    return replace(torus, upper=up_mul(torus.upper, factor), angles=angles)
+
+
+@torch.no_grad()
+def _attained(linear: Convolution | Transposed, torus: Torus) -> float:
+    """Lower bound of the norm of a float64 map: ||A v|| / ||v|| of a vector found in float32.
+
+    The weights are scaled by a power of two, so that neither A v nor its square under- or overflows. A v errs by at
+    most gamma_n || |A| |v| ||, n = `terms`; its norm, a sum of N squares, by gamma_(N + 2) relative.
+    """
+    largest = largest_entry(linear.weight)
+    if largest == 0.0:
         return 0.0
-    scaled = replace(convolution, weight=convolution.weight / scale)
-    sides = [_torus(convolution, axis) for axis in range(dims)]
-    twists = (0.0,) if convolution.padding_mode == "circular" else (0.0, 0.5)
-    best = math.inf
-    for twist in itertools.product(twists, repeat=dims):
-        best = min(best, _largest_block(scaled, sides, twist, best))
-    return best * scale * factor
+    scale = 2.0 ** max(-1000, min(1000, -math.frexp(largest)[1]))
+    scaled = replace(linear, weight=linear.weight * scale, slack=0.0)
+    single = converted(scaled, lambda tensor: tensor.float())
+    if isinstance(linear, Transposed):
+        start = _plane_wave(torus, linear.in_shape)
+    else:
+        start = single.adjoint(_plane_wave(torus, linear.out_shape))
+    vector = _top_vector(single, start).double()
+    image = scaled.apply(vector).flatten()
+    length = float(norm_up(vector.flatten()))
+    rounding = up_mul(gamma(scaled.terms + 1), scaled.absolute("l2"), length)
+    attained = down_mul(float(image.norm()), down_add(1.0, -gamma(image.numel() + 4)))
+    return down_div(max(0.0, down_add(attained, -rounding)), up_mul(length, scale))
+
+
+def _plane_wave(torus: Torus, shape: tuple[int, ...]) -> Tensor:  # [1, *shape] float32
+    """The torus's own top vector on the real outputs, faded towards the edges as top vectors of padded maps are."""
+    wave = torus.wave
+    for angle, size in zip(torus.angles, shape[1:], strict=True):
+        place = torch.arange(size)
+        wave = wave[..., None] * torch.polar(torch.sin(math.pi * (place + 0.5) / size), angle * place)
+    return wave.real[None].contiguous()
+
+
+def _top_vector(linear: LinearMap, start: Tensor) -> Tensor:  # [1, *in_shape]
+    """A vector near the top right singular one: Lanczos steps on A^T A, reorthogonalised, until they gain little."""
+    length = start.norm()
+    start = start / length if length > 0 else starting_vector(linear.in_shape, start)
+    steps = min(_LANCZOS_STEPS, start.numel())
+    basis, small = start.new_zeros(steps, start.numel()), start.new_zeros(steps, steps)
+    basis[0], value = start.flatten(), 0.0
+    for step in range(steps):
+        image = linear.adjoint(linear.apply(basis[step].reshape(start.shape))).flatten()
+        small[step, step] = basis[step] @ image
+        for _ in range(2):  # once leaves what rounding then enlarges step by step
+            image = image - (basis[: step + 1] @ image) @ basis[: step + 1]
+        rest = float(image.norm())
+        values, vectors = torch.linalg.eigh(small[: step + 1, : step + 1])
+        gain, value = float(values[-1]) - value, float(values[-1])
+        if step + 1 == steps or rest <= _LANCZOS_GAIN * value or (step and gain <= _LANCZOS_GAIN * value):
+            break
+        small[step, step + 1] = small[step + 1, step] = rest
+        basis[step + 1] = image / rest
+    top: Tensor = vectors[:, -1] @ basis[: step + 1]
+    return top.reshape(start.shape)
 
 
 def _torus(convolution: Convolution, axis: int) -> tuple[int, int]:
@@ -209,55 +321,13 @@ def _repeats(convolution: Convolution, axis: int) -> int:
     if convolution.padding_mode == "circular":
         places = torch.arange(convolution.out_shape[axis + 1]) * stride % size
         return int(torch.bincount(places).max())
-    index = torch.arange(size, dtype=torch.float64).reshape(1, 1, -1)
+    return _copies(convolution, axis)
+
+
+def _copies(convolution: Convolution, axis: int) -> int:
+    """How often one pixel stands in the padded picture, along one axis."""
+    if convolution.padding_mode == "zeros":
+        return 1
+    index = torch.arange(convolution.in_shape[axis + 1], dtype=torch.float64).reshape(1, 1, -1)
     padded = functional.pad(index, convolution.padding[axis], mode=convolution.padding_mode)
     return int(torch.bincount(padded.flatten().long()).max())
-
-
-def _largest_block(
-    convolution: Convolution, sides: list[tuple[int, int]], twist: tuple[float, ...], give_up: float
-) -> float:
-    """The largest block norm over all frequencies; stops early once it exceeds `give_up`."""
-    largest = 0.0
-    for blocks in _frequency_blocks(convolution, sides, twist):
-        largest = largest_norm(blocks, largest, give_up)
-        if largest >= give_up:
-            break
-    return largest
-
-
-def _frequency_blocks(
-    convolution: Convolution, sides: list[tuple[int, int]], twist: tuple[float, ...]
-) -> Iterator[Tensor]:
-    """Batches of blocks [..., c_out / groups, c_in / groups * aliases], half of the torus (the rest is conjugate).
-
-    Low base frequencies come first: trained kernels peak there, which lets a hopeless twist be given up early.
-    """
-    weight, groups = convolution.weight, convolution.groups
-    weight = weight.reshape(groups, -1, *weight.shape[1:]).to(torch.complex128)
-    dims = len(sides)
-    phases = [_phases(convolution, axis, *sides[axis], twist[axis], half=axis == dims - 1) for axis in range(dims)]
-    per_first = weight.shape[0] * weight.shape[1] * weight.shape[2] * phases[0].shape[1]
-    per_first *= math.prod(p.shape[0] * p.shape[1] for p in phases[1:])
-    step = max(1, _CHUNK_ENTRIES // per_first)
-    for start in range(0, phases[0].shape[0], step):
-        symbol = weight
-        for phase in (phases[0][start : start + step], *phases[1:]):
-            symbol = torch.tensordot(
-                symbol, phase, dims=([3], [2])
-            )  # moves a kernel axis into (base, alias) at the end
-        axes = list(range(3, 3 + 2 * dims))
-        symbol = symbol.permute(0, *axes[::2], 1, 2, *axes[1::2])
-        yield symbol.reshape(-1, weight.shape[1], weight.shape[2] * math.prod(p.shape[1] for p in phases))
-
-
-def _phases(convolution: Convolution, axis: int, side: int, stride: int, twist: float, *, half: bool) -> Tensor:
-    """Unit phases [base, alias, tap] of one axis, scaled by stride^(-1/2)."""
-    period = side // stride
-    bases = range((period + 1) // 2 if twist else period // 2 + 1) if half else range(period)
-    base = torch.tensor(list(bases), dtype=torch.float64)
-    alias = torch.arange(stride, dtype=torch.float64) * period
-    taps = torch.arange(convolution.weight.shape[axis + 2], dtype=torch.float64) * convolution.dilation[axis]
-    frequency = (base[:, None] + alias + twist) * (-2 * math.pi / side)
-    phases = torch.polar(torch.full((), 1 / math.sqrt(stride), dtype=torch.float64), frequency[..., None] * taps)
-    return phases.to(convolution.weight.device)

@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from .convolution import PADDING_MODES, Convolution, Transposed
 from .graph import plain_type
-from .linear import Channelwise, Dense, Diagonal, LinearMap, Reindex, identity
+from .linear import Channelwise, Dense, Diagonal, LinearMap, Reindex, identity, rounding_slack
+from .rounding import up_sqrt
 from .rules import Call, probe_shape, register_rule
 
 # sup |f'| of smooth activations, rounded up in the last digit; tests re-derive them by maximisation.
@@ -132,6 +133,11 @@ def _transposed(call: Call) -> LinearMap:
     )
 
 
+def _rounded(linear: Diagonal | Convolution, roundings: int) -> LinearMap:
+    """The map, with the slack of entries that took `roundings` operations in float64 to compute."""
+    return replace(linear, slack=rounding_slack(linear, roundings))
+
+
 def _batch_norm(call: Call) -> LinearMap:
     layer = _module(call)
     if layer.running_var is None:
@@ -141,7 +147,7 @@ def _batch_norm(call: Call) -> LinearMap:
     scale = (layer.running_var.double() + layer.eps).rsqrt()
     if layer.weight is not None:
         scale = scale * layer.weight
-    return Diagonal(scale.reshape(-1, *(1 for _ in call.in_shape[1:])), call.in_shape)
+    return _rounded(Diagonal(scale.reshape(-1, *(1 for _ in call.in_shape[1:])), call.in_shape), 8)
 
 
 def _average_pool(call: Call) -> LinearMap:
@@ -153,12 +159,12 @@ def _average_pool(call: Call) -> LinearMap:
     plain = layer.count_include_pad or not any(padding)
     if not plain or layer.ceil_mode or getattr(layer, "divisor_override", None):
         return _channelwise(layer.forward, call)
-    weight = torch.full((call.in_shape[0], 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64)
+    share = torch.full((call.in_shape[0], 1, *kernel), 1 / math.prod(kernel), dtype=torch.float64)
     linear = Convolution(
-        weight, call.in_shape, stride, tuple((p, p) for p in padding), (1,) * dims, groups=call.in_shape[0]
+        share, call.in_shape, stride, tuple((p, p) for p in padding), (1,) * dims, groups=call.in_shape[0]
     )
     _check_image(call, linear.out_shape)
-    return linear
+    return _rounded(linear, 1)
 
 
 def _channelwise(function: Callable[[Tensor], Tensor], call: Call) -> LinearMap:
@@ -185,7 +191,7 @@ def _max_pool(call: Call, norm: str) -> float:
         strict=True,
     )
     windows = math.prod(_windows_over_pixel(*axis) for axis in axes)
-    return {"linf": 1.0, "l2": math.sqrt(windows), "l1": float(windows)}[norm]
+    return {"linf": 1.0, "l2": 1.0 if windows == 1 else up_sqrt(windows), "l1": float(windows)}[norm]
 
 
 def _windows_over_pixel(size: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -230,7 +236,9 @@ def _scale(invert: bool) -> Callable[[Call], LinearMap]:
         inner = call.in_shape[len(call.in_shape) - factor.dim() :] if factor.dim() <= len(call.in_shape) else ()
         if len(inner) != factor.dim() or any(f not in (1, n) for f, n in zip(factor.shape, inner, strict=True)):
             raise ValueError(f"{call.place}: expected a factor for inputs {call.in_shape}, got {tuple(factor.shape)}")
-        return Diagonal(factor.reciprocal() if invert else factor, call.in_shape)
+        if invert:
+            return _rounded(Diagonal(factor.reciprocal(), call.in_shape), 1)
+        return Diagonal(factor, call.in_shape)
 
     return build
 
@@ -265,9 +273,10 @@ def _softplus(call: Call, norm: str) -> float:
     beta = _module(call).beta if call.module is not None else call.argument(0, "beta", 1)
     if beta < 0.1:
         raise ValueError(f"{call.place}: expected a softplus beta >= 0.1, got {beta}: the jump at the threshold grows")
-    if threshold < 20:
+    if not 20 <= threshold <= 80:
         raise ValueError(
-            f"{call.place}: expected a softplus threshold >= 20, got {threshold}: below, the function jumps"
+            f"{call.place}: expected a softplus threshold in [20, 80], got {threshold}: below, the function jumps; "
+            "above, exp(beta x) may overflow"
         )
     return 1.0
 

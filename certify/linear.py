@@ -1,51 +1,69 @@
 """Linear maps of a network and their operator norms: dense, diagonal, re-indexing, chains and sums.
 
 Every map keeps live tensors, so that the same object serves a differentiable estimate in training (`apply`) and a
-float64 bound for a certificate (`bounds`). Bounds are computed in float64 and widened by `SAFETY`.
+proved bound for a certificate (`bounds`). Bounds are computed in float64 on the CPU, every operation rounded outward
+(see `rounding`); what a map's tensors miss of the real operator is its `slack`, and every upper bound includes it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .rounding import (
+    down_add,
+    down_mul,
+    gamma,
+    largest_entry,
+    norm_up,
+    proved_norm,
+    sum_up,
+    unit,
+    up_add,
+    up_div,
+    up_mul,
+    up_sqrt,
+)
+
 NORMS = ("l2", "linf", "l1")
 
-# Relative outward widening of every float64 bound. The eigenvalue solvers used here are backward stable with an error
-# of a modest polynomial in n times 1.1e-16; 1e-9 covers that for every n up to some 10^4.
+# Relative room left by estimates, such as lower ends from power iteration; no upper bound rests on it.
 SAFETY = 1e-9
 
-# Rounding of composed maps is relative to the product of their norms, not to the norm of the product, which may cancel.
-CANCELLATION = 1e-12
+_NO_BOUND = "{}: too large to be made a matrix and no structured bound is known"
+_TINY = torch.finfo(torch.float64).tiny
 
 # A map is made into a matrix, and its norm taken exactly, up to these sizes.
 _EXACT_SIDE = 1024
 _EXACT_ENTRIES = 1 << 24
 
-# Blocks whose eigenvalues are found at once, and the relative width of the screen that the others must pass: far above
-# the rounding of a Cholesky factorisation (some n^2 * 1e-16), far below SAFETY.
-_SOLVED_AT_ONCE = 4
-_SCREEN = 1e-10
-
 
 @dataclass(frozen=True)
 class NormBounds:
-    """A bracket `lower <= norm <= upper` of an operator norm; `method` names how `upper` was found."""
+    """A bracket `lower <= norm <= upper` of an operator norm; `method` names how `upper`, a proved bound, was found.
+
+    What one needs to prove `upper` again: where it follows from the bounds of other maps, `pieces`, these maps with
+    their bounds; where it is that of a convolution's torus, `torus`: (side, stride of the aliasing, twist 0 or 1/2) per
+    spatial axis.
+    """
 
     lower: float
     upper: float
     method: str
+    pieces: tuple[tuple[LinearMap, NormBounds], ...] = field(default=(), repr=False, compare=False)
+    torus: tuple[tuple[int, int, float], ...] = ()
 
-    def scaled(self, factor: float) -> NormBounds:
-        """The bracket of `factor * map`, factor >= 0."""
-        return NormBounds(self.lower * factor, self.upper * factor, self.method)
+    def widened(self, error: float) -> NormBounds:
+        """The bracket for every operator within `error` >= 0, in the same norm, of the one that this is of."""
+        if error == 0.0:
+            return self
+        return replace(self, lower=max(0.0, down_add(self.lower, -error)), upper=up_add(self.upper, error))
 
 
 def check_norm(norm: str) -> None:
@@ -57,13 +75,18 @@ def check_norm(norm: str) -> None:
 class LinearMap(ABC):
     """A linear map between tensors of `in_shape` and `out_shape` (both without the batch).
 
-    Must write: `apply` and the two shapes. Should write: `_structured`, a bound that needs no matrix. May write:
-    `isometry`, and `fused`, which absorbs the map that comes before this one.
+    Must write: `apply` and the two shapes. Should write: `_structured`, a bound that needs no matrix, slack included.
+    May write: `isometry`, and `fused`, which absorbs the map that comes before this one. A map is made into a matrix
+    by applying it to unit vectors; its entries must then be right to `terms` roundings each. One whose `apply`
+    subtracts numbers that cancel is to be built of `Chain`, `Sum` and `Concat`, which account for that.
     """
 
     in_shape: tuple[int, ...]
     isometry: bool = False  # norm at most 1 in l1, l2 and linf alike: moves entries about, drops or adds zeros
     composite: bool = False  # made of other maps: its own matrix can have a smaller norm than its structure shows
+    # At least ||held - true|| in l1, l2 and linf alike, held: the operator that the tensors give. Infinite where a map
+    # was made of live tensors, for an estimate: such a map has no bound.
+    slack: float = 0.0
 
     @property
     @abstractmethod
@@ -100,31 +123,85 @@ class LinearMap(ABC):
         """`self + other` as one structured map, or None where no such form is known."""
         return None
 
+    @property
+    def terms(self) -> int:
+        """Most roundings on a path from an input to an output of `apply`: n for an inner product of n terms."""
+        return math.prod(self.in_shape) + 1
+
+    @property
+    def adjoint_terms(self) -> int:
+        """As `terms`, for `adjoint`."""
+        return math.prod(self.out_shape) + 1
+
+    @property
+    def matrix_terms(self) -> int:
+        """Most roundings of one entry of the map's matrix, made of images of unit vectors; 0 where it holds them."""
+        return max(self.terms, self.adjoint_terms)
+
+    def absolute(self, norm: str) -> float:
+        """Proved upper bound of the norm of |A|, the operator of absolute entries, of the held and of the true map.
+
+        l1: the largest column sum; linf: the largest row sum; l2: the root of the product of these two.
+        """
+        if self.isometry:
+            return 1.0
+        if norm == "l2":
+            columns, rows = self.absolute("l1"), self.absolute("linf")
+            return min(max(columns, rows), up_sqrt(up_mul(columns, rows)))  # the product may overflow
+        return up_add(float64(self)._absolute(norm), self.slack)
+
+    def _absolute(self, norm: str) -> float:
+        """`absolute` of the held operator of a float64 map in l1 or linf, where it is the norm itself."""
+        structured = self._structured(norm)
+        if structured is not None:
+            return structured.upper
+        matrix = _matrix(self)
+        if matrix is None:
+            raise ValueError(_NO_BOUND.format(_title(self)))
+        return up_div(_largest_sum(matrix, norm), down_add(1.0, -gamma(self.matrix_terms)))
+
+    def deviation(self, norm: str) -> float:
+        """Upper bound of ||held - true||: the slack of one map, and what slack of the parts makes of a composed one."""
+        return self.slack
+
+    def underflow(self, norm: str) -> float:
+        """Upper bound of the norm of what underflow can take on the paths of `apply` or `adjoint`."""
+        size = math.prod(self.in_shape) + math.prod(self.out_shape)
+        return up_mul(float(max(self.terms, self.adjoint_terms)), float(size), 2 * _TINY)
+
+    def matrix_error(self, norm: str) -> float:
+        """Upper bound of ||matrix - true||, the matrix made of images of unit vectors under `apply` or `adjoint`.
+
+        Each entry is a sum of products along paths, each with at most n = `matrix_terms` relative roundings: it errs
+        by at most gamma_n |A|, entrywise (ASNA, section 3.5), plus underflow, plus `deviation`.
+        """
+        rounded = self.matrix_terms
+        own = up_add(up_mul(gamma(rounded), self.absolute(norm)), self.underflow(norm)) if rounded else 0.0
+        return up_add(own, self.deviation(norm))
+
     def _structured(self, norm: str) -> NormBounds | None:
         return None
 
     def bounds(self, norm: str = "l2") -> NormBounds:
-        """Bracket of the norm induced by `norm` on both sides; ValueError where neither structure nor size permits."""
+        """Bracket of the norm induced by `norm` on both sides; `upper` is proved, `lower` may be an estimate or 0.
+
+        Raises:
+            ValueError: an unknown norm, entries that are not finite, or neither structure nor size permits a bound.
+        """
         check_norm(norm)
         if self.isometry:
             return NormBounds(1.0, 1.0, "isometry")
         exact = float64(self)
-        for tensor in _tensors(exact):
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError("weights: expected finite numbers; got NaN or infinity")
+        check_bounded(exact)
         matrix = _materialised(exact, norm)
         if matrix is not None and not self.composite:
             return matrix
         structured = exact._structured(norm)
         if structured is None and matrix is None:
-            raise ValueError(
-                f"operator {type(self).__name__} of shape {self.in_shape} -> {self.out_shape}: too large to be made a "
-                "matrix and no structured bound is known"
-            )
+            raise ValueError(_NO_BOUND.format(_title(self)))
         if structured is None or matrix is None:
             return structured or matrix  # type: ignore[return-value]
-        upper = matrix.upper + CANCELLATION * magnitude(exact, norm)
-        return dataclasses.replace(matrix, upper=upper) if upper < structured.upper else structured
+        return matrix if matrix.upper < structured.upper else structured
 
     def rows(self) -> Tensor:
         """The map as a matrix [prod(out_shape), prod(in_shape)] in its own dtype, one adjoint per output."""
@@ -144,16 +221,20 @@ def converted(linear: LinearMap, function: Callable[[Tensor], Tensor]) -> Linear
             return converted(value, function)
         return tuple(convert(part) for part in value) if isinstance(value, tuple) else value
 
-    return dataclasses.replace(linear, **{name: convert(value) for name, value in _fields(linear)})  # type: ignore[type-var]
+    return replace(linear, **{name: convert(value) for name, value in _fields(linear)})  # type: ignore[type-var]
 
 
 def float64(linear: LinearMap) -> LinearMap:
-    """The same map with detached float64 tensors (an exact conversion of any float type)."""
-    return converted(linear, lambda tensor: tensor.detach().double())
+    """The same map with detached float64 tensors on the CPU (an exact conversion of any float type)."""
+    return converted(linear, lambda tensor: tensor.detach().to("cpu", torch.float64))
+
+
+def _title(linear: LinearMap) -> str:
+    return f"operator {type(linear).__name__} of shape {linear.in_shape} -> {linear.out_shape}"
 
 
 def _fields(linear: LinearMap) -> list[tuple[str, object]]:
-    return [(f.name, getattr(linear, f.name)) for f in dataclasses.fields(linear) if f.init]  # type: ignore[arg-type]
+    return [(f.name, getattr(linear, f.name)) for f in fields(linear) if f.init]  # type: ignore[arg-type]
 
 
 def _tensors(linear: LinearMap) -> list[Tensor]:
@@ -173,16 +254,26 @@ def like_of(linear: LinearMap) -> Tensor:
     return next((t.detach() for t in _tensors(linear)), torch.zeros((), dtype=torch.float64))
 
 
-def _materialised(linear: LinearMap, norm: str) -> NormBounds | None:
+def _matrix(linear: LinearMap) -> Tensor | None:
+    """The matrix [out, in] of a float64 map, by unit vectors on its smaller side; None where it is too large."""
     inputs, outputs = math.prod(linear.in_shape), math.prod(linear.out_shape)
     if min(inputs, outputs) > _EXACT_SIDE or inputs * outputs > _EXACT_ENTRIES:
         return None
-    if inputs <= outputs:
-        basis = torch.eye(inputs, dtype=torch.float64, device=like_of(linear).device)
-        matrix = linear.apply(basis.reshape(inputs, *linear.in_shape)).flatten(1).T
-    else:
-        matrix = linear.rows()
-    return matrix_bounds(matrix, norm, "materialised")
+    if inputs > outputs:
+        return linear.rows()
+    basis = torch.eye(inputs, dtype=torch.float64)
+    return linear.apply(basis.reshape(inputs, *linear.in_shape)).flatten(1).T
+
+
+def _materialised(linear: LinearMap, norm: str) -> NormBounds | None:
+    """Bracket of the true operator from its matrix."""
+    matrix = _matrix(linear)
+    return None if matrix is None else matrix_bounds(matrix, norm, "materialised").widened(linear.matrix_error(norm))
+
+
+def _largest_sum(matrix: Tensor, norm: str) -> float:
+    """Upper bound of the largest row sum (linf) or column sum (l1) of |matrix|."""
+    return float(sum_up(matrix, 1 if norm == "linf" else 0).max()) if matrix.numel() else 0.0
 
 
 def matrix_bounds(
@@ -192,62 +283,55 @@ def matrix_bounds(
 ) -> NormBounds:
     """Bracket of a matrix's norm: largest singular value (l2), row sum (linf) or column sum (l1) of |matrix|.
 
-    The l2 norm is the root of the largest eigenvalue of the smaller Gram matrix, which is well conditioned, so that it
-    is right to n * 1e-16 relative; the matrix is first scaled to entries of at most 1, against under- and overflow.
+    Proved, both ends: see `rounding.proved_norm` for l2; sums of n terms err by at most gamma_n.
     """
-    matrix = matrix.detach().double()
+    matrix = matrix.detach().to("cpu", torch.float64)
     if norm == "l2":
-        value = largest_norm(matrix)
-    else:
-        value = float(matrix.abs().sum(1 if norm == "linf" else 0).max()) if matrix.numel() else 0.0
-    return NormBounds(value * (1 - SAFETY), value * (1 + SAFETY), method)
+        proof = proved_norm(matrix)
+        return NormBounds(proof.lower, proof.upper, method)
+    upper = _largest_sum(matrix, norm)
+    return NormBounds(down_mul(upper, down_add(1.0, -gamma(4 * max(matrix.shape, default=0) + 32))), upper, method)
 
 
-def largest_norm(
-    blocks: Tensor,  # [m, n] or [B, m, n], real or complex
-    floor: float = 0.0,
-    give_up: float = math.inf,
-) -> float:
-    """max(floor, the largest spectral norm of the blocks): the root of the top eigenvalue of the smaller Gram matrix.
+def widest(linear: LinearMap) -> float:
+    """The larger of `absolute` in l1 and linf, which bounds the l2 norm too."""
+    return max(linear.absolute("l1"), linear.absolute("linf"))
 
-    A batch is screened: the blocks of largest Frobenius norm are solved first; a Cholesky factorisation of
-    s^2 I - G, which exists only for norm < s, then rules out every block but those above the best so far, at a fraction
-    of the cost of their eigenvalues. Right to 1e-10 relative. A search that finds `give_up` or more may return that
-    instead.
+
+def rounding_slack(held: LinearMap, roundings: int = 1) -> float:
+    """Slack of a map whose entries each took up to n `roundings` in their own type: gamma_n |held|, and underflow."""
+    tensors = _tensors(held)
+    kinds = {tensor.dtype for tensor in tensors}
+    relative = gamma(roundings + 1, max(unit(kind) for kind in kinds))
+    lost = up_mul(float(sum(t.numel() for t in tensors)), 4.0 * roundings, max(torch.finfo(k).tiny for k in kinds))
+    return up_add(up_mul(relative, widest(held)), lost)
+
+
+def product_slack(held: LinearMap, first: LinearMap, last: LinearMap) -> float:
+    """Slack of `held`, the rounded entrywise products of `last` and a diagonal map, either way round.
+
+    (last + E)(first + F) - held is the rounding of the products, E first, last F and E F.
     """
-    scale = float(_real(blocks).abs().max()) if blocks.numel() else 0.0
-    if scale == 0.0:
-        return floor
-    scaled = blocks / scale
-    gram = scaled @ scaled.mH if scaled.shape[-2] <= scaled.shape[-1] else scaled.mH @ scaled
-    if gram.dim() == 2:
-        return max(floor, scale * math.sqrt(_top_eigenvalue(gram)))
-    return scale * math.sqrt(_largest_eigenvalue(gram, (floor / scale) ** 2, (give_up / scale) ** 2))
+    if _live(held):
+        return math.inf
+    unrounded = any(isinstance(m, Diagonal) and _unit_factors(m.scale) for m in (first, last))
+    inherited = [up_mul(a.slack, widest(b)) for a, b in ((first, last), (last, first)) if a.slack]
+    return up_add(0.0 if unrounded else rounding_slack(held), *inherited)
 
 
-def _real(entries: Tensor) -> Tensor:
-    return torch.view_as_real(entries) if entries.is_complex() else entries
+def sum_slack(held: LinearMap, *parts: LinearMap) -> float:
+    """Slack of `held`, the rounded entrywise sum of some maps."""
+    return math.inf if _live(held) else up_add(rounding_slack(held), *(part.slack for part in parts))
 
 
-def _top_eigenvalue(gram: Tensor) -> float:
-    return max(0.0, float(torch.linalg.eigvalsh(gram)[..., -1].max()))
+def _live(linear: LinearMap) -> bool:
+    """Whether the map is part of an estimate that gradients follow, where slack would be a waste of time."""
+    return any(tensor.requires_grad for tensor in _tensors(linear))
 
 
-def _largest_eigenvalue(gram: Tensor, best: float, give_up: float) -> float:
-    """max(best, the top eigenvalue of the batch [B, n, n]) to 1e-10 relative; see `largest_norm`."""
-    estimates = _real(gram).square().flatten(1).sum(1)
-    first = estimates.topk(min(len(gram), _SOLVED_AT_ONCE)).indices
-    best = max(best, _top_eigenvalue(gram[first]))
-    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    while len(gram) and best < give_up:
-        above = torch.linalg.cholesky_ex(best * (1 + _SCREEN) * unit - gram).info > 0
-        gram, estimates = gram[above], estimates[above]
-        order = estimates.argsort(descending=True)
-        chosen, rest = order[:_SOLVED_AT_ONCE], order[_SOLVED_AT_ONCE:]
-        if len(chosen):
-            best = max(best, _top_eigenvalue(gram[chosen]))
-        gram, estimates = gram[rest], estimates[rest]
-    return best
+def _unit_factors(scale: Tensor) -> bool:
+    """Whether products with `scale` are exact: all entries 1, 0 or -1."""
+    return bool(((scale == 0) | (scale.abs() == 1)).all())
 
 
 @dataclass(frozen=True)
@@ -256,11 +340,27 @@ class Dense(LinearMap):
 
     weight: Tensor  # [out, in]
     in_shape: tuple[int, ...]
+    slack: float = 0.0
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         """All axes but the last as they were."""
         return (*self.in_shape[:-1], self.weight.shape[0])
+
+    @property
+    def terms(self) -> int:
+        """The inner length."""
+        return self.weight.shape[1]
+
+    @property
+    def adjoint_terms(self) -> int:
+        """The number of rows."""
+        return self.weight.shape[0]
+
+    @property
+    def matrix_terms(self) -> int:
+        """None: a unit vector gives a column as it is."""
+        return 0
 
     def apply(self, x: Tensor) -> Tensor:
         """See `LinearMap.apply`."""
@@ -273,23 +373,29 @@ class Dense(LinearMap):
     def fused(self, first: LinearMap) -> LinearMap | None:
         """Absorbs a diagonal map along the last axis (a product of two dense maps could cancel, and is left apart)."""
         if isinstance(first, Diagonal) and len(self.in_shape) == 1:
-            return Dense(self.weight * first.scale.expand(self.in_shape), first.in_shape)
+            held = Dense(self.weight * first.scale.expand(self.in_shape), first.in_shape)
+            return replace(held, slack=product_slack(held, first, self))
         return None
 
+    def _absolute(self, norm: str) -> float:
+        return _largest_sum(self.weight, norm)
+
     def _structured(self, norm: str) -> NormBounds:
-        return matrix_bounds(self.weight, norm, "dense")
+        return matrix_bounds(self.weight, norm, "dense").widened(self.slack)
 
     def bounds(self, norm: str = "l2") -> NormBounds:
-        """The exact bracket of the matrix; see `LinearMap.bounds`."""
+        """The bracket of the matrix; see `LinearMap.bounds`."""
         check_norm(norm)
-        check_finite(self.weight)
+        check_bounded(self)
         return self._structured(norm)
 
 
-def check_finite(weight: Tensor) -> None:
-    """Raise ValueError where a weight holds NaN or infinity."""
-    if not bool(torch.isfinite(weight).all()):
+def check_bounded(linear: LinearMap) -> None:
+    """Raise ValueError where a tensor holds NaN or infinity, or where a map was fused for an estimate."""
+    if not all(math.isfinite(largest_entry(tensor)) for tensor in _tensors(linear)):
         raise ValueError("weights: expected finite numbers; got NaN or infinity")
+    if not linear.deviation("l2") < math.inf:
+        raise ValueError(f"{_title(linear)}: its slack is infinite; expected maps fused without gradient and overflow")
 
 
 @dataclass(frozen=True)
@@ -299,11 +405,27 @@ class Diagonal(LinearMap):
     scale: Tensor
     in_shape: tuple[int, ...]
     isometry: bool = False
+    slack: float = 0.0
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         """As `in_shape`."""
         return self.in_shape
+
+    @property
+    def terms(self) -> int:
+        """One product."""
+        return 1
+
+    @property
+    def adjoint_terms(self) -> int:
+        """One product."""
+        return 1
+
+    @property
+    def matrix_terms(self) -> int:
+        """None: a unit vector gives an entry as it is."""
+        return 0
 
     def apply(self, x: Tensor) -> Tensor:
         """See `LinearMap.apply`."""
@@ -312,20 +434,26 @@ class Diagonal(LinearMap):
     def fused(self, first: LinearMap) -> LinearMap | None:
         """Absorbs a diagonal map, and scales the rows of a dense one."""
         if isinstance(first, Diagonal):
-            return Diagonal(self.scale * first.scale, self.in_shape)
-        if isinstance(first, Dense) and len(self.in_shape) == 1:
-            return Dense(self.scale.expand(self.in_shape)[:, None] * first.weight, first.in_shape)
-        return None
+            held: Diagonal | Dense = Diagonal(self.scale * first.scale, self.in_shape)
+        elif isinstance(first, Dense) and len(self.in_shape) == 1:
+            held = Dense(self.scale.expand(self.in_shape)[:, None] * first.weight, first.in_shape)
+        else:
+            return None
+        return replace(held, slack=product_slack(held, first, self))
 
     def plus(self, other: LinearMap) -> LinearMap | None:
         """Adds a diagonal map of the same shape."""
         if isinstance(other, Diagonal):
-            return Diagonal(self.scale + other.scale, self.in_shape)
+            held = Diagonal(self.scale + other.scale, self.in_shape)
+            return replace(held, slack=sum_slack(held, self, other))
         return other.plus(self)
 
+    def _absolute(self, norm: str) -> float:
+        return largest_entry(self.scale)
+
     def _structured(self, norm: str) -> NormBounds:
-        value = float(self.scale.abs().max())
-        return NormBounds(value * (1 - SAFETY), value * (1 + SAFETY), "diagonal")
+        value = largest_entry(self.scale)
+        return NormBounds(value, value, "diagonal").widened(self.slack)
 
 
 def identity(shape: tuple[int, ...]) -> Diagonal:
@@ -347,6 +475,16 @@ class Reindex(LinearMap):
         """The shape given as `image_shape`."""
         return self.image_shape
 
+    @property
+    def terms(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def adjoint_terms(self) -> int:
+        """None."""
+        return 0
+
     def apply(self, x: Tensor) -> Tensor:
         """See `LinearMap.apply`."""
         return self.function(x)
@@ -359,11 +497,22 @@ class Channelwise(LinearMap):
     function: Callable[[Tensor], Tensor]
     in_shape: tuple[int, ...]
     image_shape: tuple[int, ...]
+    slack: float = 0.0
 
     @property
     def out_shape(self) -> tuple[int, ...]:
         """The shape given as `image_shape`."""
         return self.image_shape
+
+    @property
+    def terms(self) -> int:
+        """As many as one channel has entries, and two for a weight."""
+        return math.prod(self.in_shape[1:]) + 2
+
+    @property
+    def adjoint_terms(self) -> int:
+        """As many as one channel's image has entries, and two for a weight."""
+        return math.prod(self.image_shape[1:]) + 2
 
     def apply(self, x: Tensor) -> Tensor:
         """See `LinearMap.apply`."""
@@ -372,7 +521,7 @@ class Channelwise(LinearMap):
     def _structured(self, norm: str) -> NormBounds | None:
         if self.in_shape[0] == 1:
             return None
-        one = Channelwise(self.function, (1, *self.in_shape[1:]), (1, *self.image_shape[1:]))
+        one = replace(self, in_shape=(1, *self.in_shape[1:]), image_shape=(1, *self.image_shape[1:]))
         return _materialised(one, norm)
 
 
@@ -405,17 +554,50 @@ class Chain(LinearMap):
             y = linear.adjoint(y)
         return y
 
+    @property
+    def terms(self) -> int:
+        """The sum over the maps."""
+        return sum(linear.terms for linear in self.maps)
+
+    @property
+    def adjoint_terms(self) -> int:
+        """The sum over the maps."""
+        return sum(linear.adjoint_terms for linear in self.maps)
+
+    def absolute(self, norm: str) -> float:
+        """The product over the maps: |A B| <= |A| |B|."""
+        return up_mul(*(linear.absolute(norm) for linear in self.maps))
+
+    def deviation(self, norm: str) -> float:
+        """||A B - (A + E)(B + F)|| <= ||E|| ||B + F|| + ||A|| ||F||, map by map."""
+        parts = [linear.deviation(norm) for linear in self.maps]
+        if not any(parts):
+            return 0.0
+        total, before = 0.0, 1.0
+        for own, linear in zip(parts, self.maps, strict=True):
+            size = linear.absolute(norm)
+            total, before = up_add(up_mul(own, before), up_mul(size, total)), up_mul(size, before)
+        return total
+
+    def underflow(self, norm: str) -> float:
+        """That of each map, times all others that enlarge it."""
+        growth = up_mul(*(max(1.0, linear.absolute(norm)) for linear in self.maps))
+        total = up_add(*(linear.underflow(norm) for linear in self.maps))
+        return up_mul(total, growth) if growth < math.inf else math.inf
+
     def _structured(self, norm: str) -> NormBounds | None:
         parts = [linear.bounds(norm) for linear in self.maps]
-        upper = math.prod(part.upper for part in parts)
-        return NormBounds(0.0, upper * (1 + SAFETY), " * ".join(p.method for p in parts if p.method != "isometry"))
+        upper = up_mul(*(part.upper for part in parts))
+        method = " * ".join(part.method for part in parts if part.method != "isometry")
+        return NormBounds(0.0, upper, method, tuple(zip(self.maps, parts, strict=True)))
 
     def bounds(self, norm: str = "l2") -> NormBounds:
         """As `LinearMap.bounds`; one map beside isometries needs no matrix of its own."""
-        real = [linear for linear in self.maps if not linear.isometry]
-        if len(real) <= 1:
-            return real[0].bounds(norm) if real else NormBounds(1.0, 1.0, "isometry")
-        return super().bounds(norm)
+        if sum(not linear.isometry for linear in self.maps) > 1:
+            return super().bounds(norm)
+        pieces = tuple((linear, linear.bounds(norm)) for linear in self.maps)
+        real = next((bounds for linear, bounds in pieces if not linear.isometry), pieces[0][1])
+        return replace(real, pieces=pieces, torus=())
 
 
 @dataclass(frozen=True)
@@ -442,11 +624,43 @@ class Sum(LinearMap):
             total = total + linear.apply(x)
         return total
 
+    @property
+    def terms(self) -> int:
+        """Those of the longest map, and the additions."""
+        return max(linear.terms for linear in self.maps) + len(self.maps) - 1
+
+    @property
+    def adjoint_terms(self) -> int:
+        """Those of the longest map, the additions, and the sums over what was broadcast."""
+        return max(linear.adjoint_terms + self._copies(linear) for linear in self.maps) + len(self.maps) - 1
+
+    def absolute(self, norm: str) -> float:
+        """The sum over the maps."""
+        return up_add(*(up_mul(linear.absolute(norm), self._spread(linear, norm)) for linear in self.maps))
+
+    def deviation(self, norm: str) -> float:
+        """The sum over the maps."""
+        return up_add(*(up_mul(linear.deviation(norm), self._spread(linear, norm)) for linear in self.maps))
+
+    def underflow(self, norm: str) -> float:
+        """The sum over the maps."""
+        return up_add(*(up_mul(linear.underflow(norm), self._spread(linear, norm)) for linear in self.maps))
+
+    def _copies(self, linear: LinearMap) -> int:
+        """How often broadcasting repeats one output of a map."""
+        return math.prod(self.out_shape) // max(1, math.prod(linear.out_shape))
+
+    def _spread(self, linear: LinearMap, norm: str) -> float:
+        """The norm of the broadcast that brings a map's outputs to the shape of the sum."""
+        copies = self._copies(linear)
+        if copies == 1 or norm == "linf":
+            return 1.0
+        return float(copies) if norm == "l1" else up_sqrt(float(copies))
+
     def _structured(self, norm: str) -> NormBounds | None:
-        if any(linear.out_shape != self.out_shape for linear in self.maps):
-            return None
-        upper = sum(linear.bounds(norm).upper for linear in self.maps)
-        return NormBounds(0.0, upper * (1 + SAFETY), "sum")
+        pieces = tuple((linear, linear.bounds(norm)) for linear in self.maps)
+        upper = up_add(*(up_mul(bounds.upper, self._spread(linear, norm)) for linear, bounds in pieces))
+        return NormBounds(0.0, upper, "sum", pieces)
 
 
 @dataclass(frozen=True)
@@ -473,30 +687,41 @@ class Concat(LinearMap):
         """See `LinearMap.apply`."""
         return torch.cat([linear.apply(x) for linear in self.maps], dim=self.axis + 1)
 
+    @property
+    def terms(self) -> int:
+        """Those of the longest map."""
+        return max(linear.terms for linear in self.maps)
+
+    @property
+    def adjoint_terms(self) -> int:
+        """Those of the longest map, and the additions."""
+        return max(linear.adjoint_terms for linear in self.maps) + len(self.maps) - 1
+
+    def absolute(self, norm: str) -> float:
+        """The maps' own, joined."""
+        return joined([linear.absolute(norm) for linear in self.maps], norm)
+
+    def deviation(self, norm: str) -> float:
+        """The maps' own, joined."""
+        return joined([linear.deviation(norm) for linear in self.maps], norm)
+
+    def underflow(self, norm: str) -> float:
+        """The maps' own, joined."""
+        return joined([linear.underflow(norm) for linear in self.maps], norm)
+
     def _structured(self, norm: str) -> NormBounds:
-        uppers = [linear.bounds(norm).upper for linear in self.maps]
-        return NormBounds(0.0, joined(uppers, norm) * (1 + SAFETY), "concat")
-
-
-def magnitude(linear: LinearMap, norm: str) -> float:
-    """The norm with nothing cancelled, from the norms of all single maps: rounding is relative to it."""
-    if isinstance(linear, Chain):
-        return math.prod(magnitude(part, norm) for part in linear.maps)
-    if isinstance(linear, Sum):
-        return sum(magnitude(part, norm) for part in linear.maps)
-    if isinstance(linear, Concat):
-        return joined([magnitude(part, norm) for part in linear.maps], norm)
-    return linear.bounds(norm).upper
+        pieces = tuple((linear, linear.bounds(norm)) for linear in self.maps)
+        return NormBounds(0.0, joined([bounds.upper for _, bounds in pieces], norm), "concat", pieces)
 
 
 def joined(
     constants: list[float],
     norm: str,
 ) -> float:
-    """Lipschitz constant of a concatenation from those of its parts: root of squares, maximum or sum."""
+    """Lipschitz constant of a concatenation from those of its parts, rounded up: root of squares, maximum or sum."""
     if norm == "l2":
-        return math.hypot(*constants)
-    return max(constants) if norm == "linf" else sum(constants)
+        return float(norm_up(torch.tensor(constants, dtype=torch.float64)))
+    return max(constants) if norm == "linf" else up_add(*constants)
 
 
 def chain(maps: list[LinearMap]) -> LinearMap:

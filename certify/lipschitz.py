@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from . import layer_rules  # noqa: F401  (registers the rules of torch's own layers)
+from . import (  # registers the rules of torch's own layers
+    layer_rules,  # noqa: F401
+    rounding_rules,  # noqa: F401
+)
 from .graph import Graph, check_finite_state, check_model, check_replay, floating_like, trace
 from .jacobian import largest_jacobian_norm
-from .linear import CANCELLATION, SAFETY, LinearMap, check_norm, converted, magnitude
+from .linear import LinearMap, NormBounds, check_norm, converted, float64
 from .power import estimate_norm
+from .rounding import UNIT, norm_up, sum_up, up, up_mul, up_sqrt
 from .rules import leaf_types
 from .spectral import bracket
 from .walk import Place, Walk
@@ -21,8 +25,6 @@ from .walk import Place, Walk
 METHODS = ("product",)
 # Relative rounding of a Jacobian taken by the model's own arithmetic.
 _JACOBIAN_ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-3}
-# Norm of a functional's coefficient vector when its input is measured in the key's norm.
-_DUAL = {"l2": 2.0, "linf": 1.0, "l1": math.inf}
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,35 @@ class LayerBound:
     lower: float
     upper: float
     method: str
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """An affine run whose norm is used: the graph's node that ends it, its layers, its operator, the norm's bracket."""
+
+    end: str
+    parts: tuple[str, ...]
+    operator: LinearMap
+    bounds: NormBounds
+
+
+@dataclass(frozen=True, eq=False)
+class NormRecord:
+    """How the constants of one norm were found, for those who prove more with them or prove them again.
+
+    Attributes:
+        upper: as in `LipschitzBound`, from this norm alone, and so is `pairwise`.
+        runs: all runs whose norm is used, in the order of the graph.
+        constants: from the input to every anchor (the input, each non-affine operation, each sum or concatenation of
+            unlike branches), by the graph's node.
+        last_constant: that of the output's anchor.
+    """
+
+    upper: float
+    runs: tuple[Run, ...]
+    constants: tuple[tuple[str, float], ...]
+    last_constant: float
+    pairwise: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +79,7 @@ class LipschitzBound:
         norm: the input norm.
         input_shape: the shape of the inputs it holds for, without the batch.
         pair_methods: per pair "product" or "equivalence" (from l2 by norm equivalence), [K][K]; see `lipschitz`.
+        records: by norm, that of the bound and "l2": how its constants were found.
     """
 
     upper: float
@@ -57,6 +89,7 @@ class LipschitzBound:
     norm: str = "l2"
     input_shape: tuple[int, ...] = ()
     pair_methods: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    records: Mapping[str, NormRecord] = field(default_factory=dict, repr=False, compare=False)
 
 
 def lipschitz(
@@ -71,7 +104,9 @@ def lipschitz(
 
     With f = A g + b, A the last affine run and g everything before, |f_i - f_j| <= Lip(g) ||A_i - A_j||_* ||x - x'||,
     the dual norm of the row difference; Lip(g) is the product of the norms of the affine runs and of the
-    factors of the other operations, sums for residual branches, roots of squares for concatenations. For linf and l1
+    factors of the other operations, sums for residual branches, roots of squares for concatenations. Everything is
+    proved in float64 on the CPU, each rounding outward: a bound of the network of the stored weights in real
+    arithmetic. For linf and l1
     each pair takes the smaller of that product in its own norm and of norm equivalence, ||d||_2 <= sqrt(n) ||d||_inf
     and ||d||_2 <= ||d||_1, times the l2 bound.
 
@@ -101,46 +136,53 @@ def lipschitz(
 
 
 def _product(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> LipschitzBound:
-    upper, pairwise, layers = _product_in(model, input_shape, norm)
+    record = _product_in(model, input_shape, norm)
+    upper, pairwise, records = record.upper, record.pairwise, {norm: record}
     methods = [["product"] * len(pairwise) for _ in pairwise]
     if norm != "l2":
-        l2_upper, l2_pairwise, _ = _product_in(model, input_shape, "l2")
-        factor = math.sqrt(math.prod(input_shape)) if norm == "linf" else 1.0
-        outer = 1.0 if norm == "linf" else math.sqrt(len(pairwise))  # from l2 of the logits to their own norm
-        upper = min(upper, l2_upper * factor * outer * (1 + SAFETY))
-        other = l2_pairwise * factor * (1 + SAFETY)
+        other_record = records["l2"] = _product_in(model, input_shape, "l2")
+        # linf: from the inputs' norm to l2; l1: from l2 of the logits to their own norm
+        inner = up_sqrt(float(math.prod(input_shape))) if norm == "linf" else 1.0
+        outer = 1.0 if norm == "linf" else up_sqrt(float(len(pairwise)))
+        upper = min(upper, up_mul(other_record.upper, inner, outer))
+        other = _times(other_record.pairwise, inner)
         methods = [["equivalence" if better else "product" for better in row] for row in (other < pairwise).tolist()]
         pairwise = torch.minimum(pairwise, other)
     names = tuple(tuple(row) for row in methods)
-    return LipschitzBound(upper, 0.0, pairwise, tuple(layers), norm, input_shape, names)
+    layers = tuple(_layer_bound(run) for run in record.runs if run.parts)
+    return LipschitzBound(upper, 0.0, pairwise, layers, norm, input_shape, names, records)
 
 
-def _product_in(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> tuple[float, Tensor, list[LayerBound]]:
-    layers: list[LayerBound] = []
+def _layer_bound(run: Run) -> LayerBound:
+    bounds = run.bounds
+    return LayerBound(" + ".join(run.parts), type(run.operator).__name__, bounds.lower, bounds.upper, bounds.method)
+
+
+def _product_in(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> NormRecord:
+    runs: list[Run] = []
 
     def norm_of(name: str, parts: tuple[str, ...], linear: LinearMap) -> float:
-        bounds = bracket(linear, norm)
-        if parts:
-            layers.append(
-                LayerBound(" + ".join(parts), type(linear).__name__, bounds.lower, bounds.upper, bounds.method)
-            )
-        return bounds.upper
+        runs.append(Run(name, parts, linear, bracket(linear, norm)))
+        return runs[-1].bounds.upper
 
-    graph, like = trace(model, input_shape, leaf_types()), floating_like(model)
+    graph = trace(model, input_shape, leaf_types())
     walk = Walk(
         graph,
         norm_of=norm_of,
-        factor_of=lambda rule, call: rule.factor(call, norm) * (1 + SAFETY) if rule.factor else math.inf,
-        prepare=lambda linear: converted(linear, lambda tensor: tensor.detach().to(like.device, torch.float64)),
+        factor_of=lambda rule, call: rule.factor(call, norm) if rule.factor else math.inf,
+        prepare=float64,
         norm=norm,
     )
     _check_logits(graph.shapes[graph.output])
     check_replay(graph)
-    upper = float(walk.constant(graph.output)) * (1 + SAFETY)
-    pairwise = _pairwise(walk.output, float(walk.anchor_constant(walk.output.anchor)), graph.shapes[graph.output], norm)
+    upper = float(walk.constant(graph.output))
     if not math.isfinite(upper):
         raise ValueError(f"the model's Lipschitz bound overflows: {upper}")
-    return upper, pairwise, layers
+    last = float(walk.anchor_constant(walk.output.anchor))
+    pairwise = _pairwise(walk.output, last, graph.shapes[graph.output], norm)
+    order = {node.name: position for position, node in enumerate(graph.nodes)}
+    runs.sort(key=lambda run: order[run.end])
+    return NormRecord(upper, tuple(runs), walk.anchors(), last, pairwise)
 
 
 def _check_logits(shape: tuple[int, ...]) -> None:
@@ -150,18 +192,38 @@ def _check_logits(shape: tuple[int, ...]) -> None:
         )
 
 
+@torch.no_grad()
 def _pairwise(place: Place, constant: float, shape: tuple[int, ...], norm: str) -> Tensor:
-    rows, slack = torch.eye(shape[0], dtype=torch.float64), 0.0
+    """constant * ||A_i - A_j||_*, rounded up; a row of error E of the matrix has ||e_i^T E||_* <= ||E||."""
+    rows, error = torch.eye(shape[0], dtype=torch.float64), 0.0
     if place.operator is not None:
-        rows = place.operator.rows().detach().cpu()
-        slack = CANCELLATION * (
-            magnitude(place.operator, norm) if place.operator.composite else float(rows.abs().sum(1).max())
-        )
-    scale = float(rows.abs().max()) or 1.0  # against underflow of squares
-    scaled = rows / scale
-    differences = torch.stack([torch.linalg.vector_norm(scaled - row, ord=_DUAL[norm], dim=1) for row in scaled])
-    pairwise = constant * (differences * scale * (1 + SAFETY) + slack) * (1 + SAFETY)
-    return pairwise.fill_diagonal_(0.0)
+        rows = place.operator.rows()
+        error = up_mul(2.0, place.operator.matrix_error(norm))
+    differences = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for i in range(len(rows) - 1):
+        found = _dual_norms(rows[i + 1 :] - rows[i], norm)
+        found = found if error == 0.0 else up(found + error)
+        differences[i, i + 1 :] = differences[i + 1 :, i] = _times(found, constant)
+    return differences
+
+
+def _dual_norms(
+    differences: Tensor,  # [K, D], each entry rounded once
+    norm: str,
+) -> Tensor:  # [K] upper bounds
+    if norm == "l1":
+        found = differences.abs().amax(1)
+    else:
+        found = norm_up(differences, 1) if norm == "l2" else sum_up(differences, 1)
+    return _times(found, 1 + 4 * UNIT)  # an exact difference is at most 1 + u times the rounded one
+
+
+def _times(
+    constants: Tensor,  # >= 0
+    factor: float,
+) -> Tensor:
+    """Upper bounds of the products; zeros stay."""
+    return constants if factor == 1.0 else torch.where(constants == 0, constants, up(constants * factor))
 
 
 class TrainingBound:

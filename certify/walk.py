@@ -2,25 +2,28 @@
 
 Every tensor is `expression(anchor)` plus a constant: `anchor` is the nearest tensor behind a non-affine operation (or a
 sum of unlike branches), `expression` the linear map from there. Constants of anchors multiply; operators of a run fold.
+Products and sums of constants that are floats are rounded up, so that they stay bounds; tensors are estimates.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .graph import Graph, plain_type, type_name
 from .linear import Concat, Diagonal, LinearMap, add, chain, identity, joined
+from .rounding import up_add, up_mul
 from .rules import Call, Operation, Rule, rule_for
 
-_SUMS: tuple[Operation, ...] = (operator.add, torch.add, "add", operator.iadd, operator.sub, torch.sub, "sub")
+SUMS: tuple[Operation, ...] = (operator.add, torch.add, "add", operator.iadd, operator.sub, torch.sub, "sub")
 _DIFFERENCES: tuple[Operation, ...] = (operator.sub, torch.sub, "sub")
-_CONCATS: tuple[Operation, ...] = (torch.cat, torch.concat, torch.concatenate)
+CONCATS: tuple[Operation, ...] = (torch.cat, torch.concat, torch.concatenate)
 _COMMUTATIVE: tuple[Operation, ...] = (operator.mul, torch.mul, "mul")
 
 
@@ -31,6 +34,22 @@ class Place:
     anchor: fx.Node
     operator: LinearMap | None
     parts: tuple[str, ...] = ()  # names of the layers in the run
+
+
+def _product(first: Any, second: Any) -> Any:
+    return up_mul(first, second) if isinstance(first, float) and isinstance(second, float) else first * second
+
+
+def _sum(first: Any, second: Any) -> Any:
+    return up_add(first, second) if isinstance(first, float) and isinstance(second, float) else first + second
+
+
+def _joined(constants: list[Any], norm: str) -> Any:
+    estimates = [constant for constant in constants if isinstance(constant, Tensor)]
+    if not estimates:
+        return joined(constants, norm)
+    parts = torch.stack([torch.as_tensor(constant).to(estimates[0]) for constant in constants])
+    return torch.linalg.vector_norm(parts, {"l2": 2.0, "linf": math.inf, "l1": 1.0}[norm])
 
 
 class Walk:
@@ -78,16 +97,16 @@ class Walk:
             return self._constants[place.anchor]
         if node not in self._runs:
             self._runs[node] = self._norm_of(node.name, place.parts, place.operator)
-        return self._runs[node] * self._constants[place.anchor]
+        return _product(self._runs[node], self._constants[place.anchor])
 
     def _visit(self, node: fx.Node) -> Place:
         if node.op == "placeholder":
             return Place(node, None)
         inputs = [parent for parent in node.all_input_nodes if parent in self._graph.shapes]
         operation = self._operation(node)
-        if operation in _SUMS:
+        if operation in SUMS:
             return self._sum(node, operation)
-        if operation in _CONCATS:
+        if operation in CONCATS:
             return self._concat(node)
         rule = rule_for(operation, self._name(node), self._title(node, operation))
         if len(inputs) != 1 or sum(arg is inputs[0] for arg in (*node.args, *node.kwargs.values())) != 1:
@@ -102,7 +121,7 @@ class Walk:
         factor = self._factor_of(rule, call)
         if not factor >= 0:
             raise ValueError(f"{call.place}: expected its rule to give a factor >= 0, got {factor}")
-        self._constants[node] = factor * self.constant(inputs[0])
+        self._constants[node] = _product(float(factor), self.constant(inputs[0]))
         return Place(node, None)
 
     def _extend(self, place: Place, linear: LinearMap, name: str, shape: tuple[int, ...]) -> Place:
@@ -129,7 +148,7 @@ class Walk:
             maps = [self._as_map(p, s, shape) for p, s in zip(places, signs, strict=True)]
             parts = (*places[0].parts, *(p for p in places[1].parts if p not in places[0].parts))
             return Place(places[0].anchor, add(maps[0], maps[1]), parts)
-        self._constants[node] = self.constant(terms[0]) + self.constant(terms[1])
+        self._constants[node] = _sum(self.constant(terms[0]), self.constant(terms[1]))
         return Place(node, None)
 
     def _concat(self, node: fx.Node) -> Place:
@@ -145,7 +164,7 @@ class Walk:
             maps = tuple(self._as_map(p, 1.0, self._graph.shapes[t]) for p, t in zip(places, moving, strict=True))
             parts = tuple(dict.fromkeys(name for place in places for name in place.parts))
             return Place(places[0].anchor, Concat(maps, axis % dims - 1), parts)
-        self._constants[node] = joined([self.constant(term) for term in moving], self._norm)
+        self._constants[node] = _joined([self.constant(term) for term in moving], self._norm)
         return Place(node, None)
 
     def _signed(self, place: Place, sign: float, shape: tuple[int, ...]) -> Place:
@@ -182,3 +201,21 @@ class Walk:
         module: nn.Module | None = self._graph.module(node) if node.op == "call_module" else None
         shapes = self._graph.shapes
         return Call(self._name(node), module, tuple(args), dict(kwargs), shapes[source], shapes[node])
+
+    def place(self, node: fx.Node) -> Place:
+        """Any tensor of the graph as an affine function of its anchor."""
+        return self._places[node]
+
+    def operation_of(self, node: fx.Node) -> tuple[Operation, str]:
+        """What a node calls, and its name for messages."""
+        operation = self._operation(node)
+        return operation, self._title(node, operation)
+
+    def call_of(self, node: fx.Node) -> Call:
+        """The call of an operation of one tensor input."""
+        (source,) = (parent for parent in node.all_input_nodes if parent in self._graph.shapes)
+        return self._call(node, source, self._operation(node))
+
+    def anchors(self) -> tuple[tuple[str, float], ...]:
+        """The anchors' names, in the order of the graph, with their constants from the input."""
+        return tuple((node.name, float(self._constants[node])) for node in self._graph.nodes if node in self._constants)

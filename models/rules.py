@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import replace
 
-from ..certify.linear import Diagonal, LinearMap
+from ..certify.linear import Diagonal, LinearMap, rounding_slack
+from ..certify.rounding import gamma, up_add, up_mul, up_sqrt
 from ..certify.rules import Call, register_rule
 from .activations import Abs, GroupSort, Householder, MaxMin
 from .layers import Normalize
 
 __all__: list[str] = []
 
-_UP = 1 + 1e-12  # covers the rounding of a cosine, a sine and their sum in float64
+# Roundings of |cos t| + |sin t| in float64: one of the sum, and a cosine and sine right to 2 units in the last place.
+_ROUNDINGS = 8
 
 
 def _householder(call: Call, norm: str) -> float:
@@ -24,7 +26,8 @@ def _householder(call: Call, norm: str) -> float:
     if not isinstance(call.module, Householder):
         raise ValueError(f"{call.place}: expected a Householder layer, got {type(call.module).__name__}")
     angle = call.module.angle.detach().double()
-    return min(float((angle.cos().abs() + angle.sin().abs()).max()) * _UP, math.sqrt(2) * _UP)
+    largest = float((angle.cos().abs() + angle.sin().abs()).max())
+    return min(up_mul(largest, up_add(1.0, gamma(_ROUNDINGS))), up_sqrt(2.0))
 
 
 def _normalize(call: Call) -> LinearMap:
@@ -35,7 +38,8 @@ def _normalize(call: Call) -> LinearMap:
     if channels not in (1, call.in_shape[0]):
         raise ValueError(f"{call.place}: expected inputs of {channels} channels, got {call.in_shape}")
     scale = call.module.std.double().reciprocal()
-    return Diagonal(scale.reshape(-1, *[1] * (len(call.in_shape) - 1)), call.in_shape)
+    linear = Diagonal(scale.reshape(-1, *[1] * (len(call.in_shape) - 1)), call.in_shape)
+    return replace(linear, slack=rounding_slack(linear))
 
 
 register_rule(Abs, GroupSort, MaxMin, factor=1.0)

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import flint
 import pytest
 import torch
 from oracles import Wired, assert_sound, matrix_norm, operator_matrix, operator_norm, random, randomised
@@ -10,6 +11,7 @@ from torch.nn import functional
 
 from speccert.certify import lipschitz, norm_bounds
 from speccert.certify.layer_rules import GELU, GELU_TANH, SILU
+from speccert.models import Householder, Normalize
 
 NORMS = ("l2", "linf", "l1")
 
@@ -254,8 +256,8 @@ def test_activations_are_bounded_by_their_largest_slope(layer):
         assert upper <= max(exact, 1.0) * 1.01 or isinstance(layer, nn.ELU)
 
 
-@pytest.mark.parametrize("threshold", [-1.0, 0.0, 1.0, 19.0])
-def test_softplus_that_jumps_is_refused(threshold):
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 1.0, 19.0, 81.0, 200.0, math.nan])
+def test_softplus_that_jumps_or_overflows_is_refused(threshold):
     with pytest.raises(ValueError, match="threshold"):
         lipschitz(nn.Sequential(nn.Softplus(1.0, threshold)).eval(), (3,))
 
@@ -372,3 +374,89 @@ def test_weights_of_every_precision_are_read_exactly(dtype):
     exact = operator_norm(model, (2, 4, 4))
     found = lipschitz(model, (2, 4, 4)).upper
     assert exact <= found <= exact * (1 + 1e-8)
+
+
+# against exact arithmetic: the rounding of what is computed from weights
+
+
+def dominates(upper, exact):
+    """Whether a float is surely at least a ball, and hardly more."""
+    return flint.arb(upper) >= exact.lower() and flint.arb(upper) >= exact and flint.arb(upper) <= exact * (1 + 1e-13)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_batch_norm_bounds_dominate_the_exact_scale(seed):
+    layer = randomised(nn.BatchNorm2d(1), seed=seed)
+    layer.eps = 1e-5
+    with flint.ctx.workprec(200):
+        weight, variance = flint.arb(float(layer.weight.detach())), flint.arb(float(layer.running_var))
+        exact = abs(weight) / (variance + flint.arb(layer.eps)).sqrt()
+        for norm in NORMS:
+            assert dominates(norm_bounds(layer, (1, 2, 2), norm).upper, exact)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kernel", [3, 5, 7, 11, 13])
+def test_averages_dominate_the_exact_share(kernel, norm):
+    """One window: entries 1/k, of norm 1/sqrt(k) in l2, 1 in linf and 1/k in l1."""
+    count = flint.arb(kernel)
+    with flint.ctx.workprec(200):
+        exact = {"l2": 1 / count.sqrt(), "linf": flint.arb(1), "l1": 1 / count}[norm]
+        for layer in (nn.AvgPool1d(kernel), nn.AdaptiveAvgPool1d(1), nn.AvgPool1d(kernel, ceil_mode=True)):
+            assert dominates(norm_bounds(layer, (2, kernel), norm).upper, exact)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("divisor", [0.1, 3.0, 0.7, -49.0])
+def test_divisors_dominate_the_exact_reciprocal(divisor, norm):
+    model = Wired(lambda m, x: torch.relu(x / divisor)).eval()
+    with flint.ctx.workprec(200):
+        exact = 1 / abs(flint.arb(divisor))
+        assert dominates(lipschitz(model, (2,), norm=norm).upper, exact)
+        for std in (0.2507, 0.3):
+            layer = Normalize(0.5, std)
+            assert dominates(norm_bounds(layer, (1, 2, 2), norm).upper, 1 / flint.arb(float(layer.std)))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_householder_factors_dominate_the_exact_ones(seed):
+    layer = Householder(2)
+    layer.angle.data = random(*layer.angle.shape, seed=seed).float()
+    with flint.ctx.workprec(200):
+        angle = flint.arb(float(layer.angle.detach().flatten()[0]))
+        exact = abs(angle.cos()) + abs(angle.sin())
+        for norm in ("linf", "l1"):
+            assert dominates(lipschitz(nn.Sequential(layer).eval(), (2,), norm=norm).upper, exact)
+
+
+@pytest.mark.parametrize("kernel", [2, 3, 5, 7])
+def test_max_pool_roots_are_rounded_up(kernel):
+    upper = lipschitz(nn.Sequential(nn.MaxPool1d(kernel, 1), nn.Flatten()).eval(), (1, 20)).upper
+    assert dominates(upper, flint.arb(kernel).sqrt())
+
+
+def test_slopes_of_smooth_activations_are_rounded_up():
+    """GELU'(x) = Phi(x) + x phi(x) is largest at sqrt(2); the others by three-way search in balls of 200 bits."""
+    with flint.ctx.workprec(200):
+        one, pi = flint.arb(1), flint.arb.pi()
+        assert flint.arb(GELU) >= (1 + one.erf()) / 2 + flint.arb(2).sqrt() * (-one).exp() / (2 * pi).sqrt()
+        assert flint.arb(SILU) >= highest(lambda x: sigmoid(x) * (1 + x * (1 - sigmoid(x))), 2, 3)
+        assert flint.arb(GELU_TANH) >= highest(tanh_slope, 1, 2)
+
+
+def sigmoid(x):
+    return 1 / (1 + (-x).exp())
+
+
+def tanh_slope(x):
+    scale, cubic = (2 / flint.arb.pi()).sqrt(), flint.arb("0.044715")
+    inner = (scale * (x + cubic * x**3)).tanh()
+    return (1 + inner) / 2 + x / 2 * (1 - inner * inner) * scale * (1 + 3 * cubic * x * x)
+
+
+def highest(function, low, high):
+    low, high = flint.arb(low), flint.arb(high)
+    for _ in range(150):
+        left, right = (low + (high - low) / 3).mid(), (high - (high - low) / 3).mid()
+        low, high = (left, high) if function(left).mid() < function(right).mid() else (low, right)
+    return function(low)

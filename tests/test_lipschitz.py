@@ -1,8 +1,10 @@
 import math
 import sys
+from fractions import Fraction
 
 import pytest
 import torch
+from exact_norms import product, rational
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracles import Wired, assert_sound, jacobian, matrix_norm, operator_matrix, random, randomised
@@ -398,3 +400,56 @@ def test_whole_affine_network_is_its_materialised_operator():
         for i, shape in ((0, (2, 8, 8)), (1, (4, 8, 8)), (2, (4, 8, 8)), (3, (4, 4, 4)), (5, (12,)))
     )
     assert bound.upper < alone
+
+
+# against exact arithmetic
+
+
+def exact_pairs(rows, norm):
+    """Dual norm of each row difference: its square in l2."""
+    for i, first in enumerate(rows):
+        for j, second in enumerate(rows):
+            gaps = [abs(a - b) for a, b in zip(first, second, strict=True)]
+            value = {"l2": sum(g * g for g in gaps), "linf": sum(gaps), "l1": max(gaps)}[norm]
+            yield i, j, value
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("seed", range(5))
+def test_pairwise_constants_dominate_the_exact_row_differences(norm, seed):
+    first, last = randomised(nn.Linear(4, 5), seed=seed), randomised(nn.Linear(5, 3), seed=seed + 50)
+    cases = [(nn.Sequential(first), rational(first.weight))]
+    cases.append((nn.Sequential(first, last), product(rational(last.weight), rational(first.weight))))
+    for model, rows in cases:
+        pairwise = lipschitz(model.eval(), (4,), norm=norm).pairwise
+        for i, j, value in exact_pairs(rows, norm):
+            found = Fraction(float(pairwise[i, j]))
+            found = found**2 if norm == "l2" else found
+            assert value <= found <= value * (1 + Fraction(1, 10**12))
+
+
+@pytest.mark.parametrize("norm", ["linf", "l1"])
+def test_norm_equivalence_is_rounded_up(norm):
+    model = nn.Sequential(nn.Linear(3, 2, bias=False)).eval()
+    model[0].weight.data = torch.tensor([[0.1, 0.1, 0.1], [-0.1, -0.1, -0.1]])
+    entry = Fraction(float(model[0].weight.detach()[0, 0]))
+    exact = 2 * entry * (3 if norm == "linf" else 1)
+    assert exact <= Fraction(float(lipschitz(model, (3,), norm=norm).pairwise[0, 1]))
+
+
+def test_bounds_hold_no_gradient_history():
+    """A circular convolution's adjoint goes through autograd, and so does that of a sum."""
+    block = Residual(nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"))
+    model = randomised(nn.Sequential(block, nn.Conv2d(2, 2, 1), nn.Flatten(), nn.Linear(32, 3)))
+    for norm in NORMS:
+        bound = lipschitz(model, (2, 4, 4), norm=norm)
+        assert not bound.pairwise.requires_grad
+        assert not any(record.pairwise.requires_grad for record in bound.records.values())
+
+
+def test_bounds_are_computed_on_the_cpu_in_float64_and_leave_the_model_alone():
+    model = randomised(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))).to(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    bound = lipschitz(model, (4,))
+    assert bound.pairwise.dtype == torch.float64
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

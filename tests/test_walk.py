@@ -1,6 +1,7 @@
 """How constants compose over a graph: exact for affine runs, sums, roots of squares and products elsewhere."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from speccert.certify import lipschitz
+from speccert.certify.walk import _joined
 
 NORMS = ("l2", "linf", "l1")
 ORDER = {"l2": 2, "linf": 1, "l1": math.inf}  # dual norm of a row
@@ -251,3 +253,51 @@ def test_what_can_not_be_composed_is_refused(function):
     with pytest.raises(ValueError) as caught:  # noqa: PT011  (the messages differ)
         lipschitz(wired(function, fc=nn.Linear(4, 4), act=nn.ReLU()), (4,))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def scalar_layer(factor, size=2):
+    layer = nn.Linear(size, size, bias=False)
+    nn.init.eye_(layer.weight)
+    layer.weight.data *= factor
+    return layer
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("factor", [0.1, 0.7, 1 / 3, 1.1])
+def test_products_and_sums_of_constants_are_rounded_up(norm, factor):
+    """Scaled identities, whose constants are known exactly: 40 products, each of which could round down."""
+    exact = Fraction(float(torch.tensor(factor)))
+    layers = [layer for _ in range(40) for layer in (scalar_layer(factor), nn.ReLU())]
+    deep = nn.Sequential(*layers).eval()
+    upper = Fraction(lipschitz(deep, (2,), norm=norm).upper)
+    assert exact**40 <= upper <= exact**40 * (1 + Fraction(1, 10**12))
+
+    def residuals(m, x):
+        for _ in range(20):
+            x = x + m.act(m.fc(x))
+        return x
+
+    model = Wired(residuals, fc=scalar_layer(factor), act=nn.ReLU()).eval()
+    upper = Fraction(lipschitz(model, (2,), norm=norm).upper)
+    assert (1 + exact) ** 20 <= upper <= (1 + exact) ** 20 * (1 + Fraction(1, 10**12))
+
+
+def test_joined_constants_are_rounded_up():
+    def concatenations(m, x):
+        for _ in range(6):
+            x = torch.cat([m.act(x), m.other(x)], 1)
+        return x
+
+    model = Wired(concatenations, act=nn.ReLU(), other=nn.Tanh()).eval()
+    for norm, exact in (("l2", Fraction(8)), ("linf", Fraction(1)), ("l1", Fraction(64))):
+        upper = Fraction(lipschitz(model, (2,), norm=norm).upper)
+        assert exact <= upper <= exact * (1 + Fraction(1, 10**12))
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_estimates_join_branches_with_their_gradients(norm):
+    parts = [torch.tensor(3.0, requires_grad=True), torch.tensor(4.0, requires_grad=True), 0.0]
+    found = _joined(parts, norm)
+    found.backward()
+    assert float(found.detach()) == {"l2": 5.0, "linf": 4.0, "l1": 7.0}[norm]
+    assert float(parts[1].grad) == pytest.approx({"l2": 0.8, "linf": 1.0, "l1": 1.0}[norm])
