@@ -1,22 +1,61 @@
-"""The network that runs: its logits in full float32, and how far rounding takes them from the exact ones."""
+"""The network that runs: its plain copy in an arithmetic, its logits, and one float64 pass that sees every tensor."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from .graph import floating_like
+from .arithmetic import DTYPES, REAL, Arithmetic, arithmetic_for, exact_arithmetic
+from .graph import Graph, floating_like
 
-# Share of the largest logit that rounding may take at least, by the coarsest type of the model's tensors.
-RELATIVE_ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-2, torch.bfloat16: 2e-1}
-_PROBES = 256
-_PROBE_NOISE = 0.01
-_MULTIPLE = 8.0
+Visit = Callable[[fx.Node, Tensor], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Executed:
+    """A network as it runs: parametrizations made plain, tensors in the arithmetic's type, inputs converted to it."""
+
+    model: nn.Module
+    arithmetic: Arithmetic
+    dtype: torch.dtype
+    rounded: bool  # whether its weights are rounded from another type
+
+    def converted(self, x: Tensor) -> Tensor:
+        """The inputs as the network gets them; ValueError where they are no floating-point numbers."""
+        if not x.is_floating_point():
+            raise ValueError(f"x: expected floating-point inputs, got {x.dtype}")
+        return x.to(self.dtype)
+
+    def rounds(self, dtype: torch.dtype) -> bool:
+        """Whether the conversion rounds inputs of this type."""
+        return torch.promote_types(dtype, self.dtype) != self.dtype
+
+    def logits(self, x: Tensor, batch_size: int = 1024) -> Tensor:  # [B, *input_shape] -> [B, K]
+        """The logits that it gives; ValueError as `logits_of`, and where they are NaN or infinite."""
+        logits = logits_of(self.model, self.converted(x), batch_size)
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(f"logits: expected finite numbers; got NaN or infinity in {self.arithmetic.name}")
+        return logits
+
+
+def executed(model: nn.Module, arithmetic: str | None = None) -> Executed:
+    """The network as it runs in an arithmetic; None, "model" and "real" leave the types as they are.
+
+    Raises:
+        ValueError: an arithmetic that is unknown, a model of several half types.
+    """
+    own, chosen = arithmetic_for(model), arithmetic_for(model, arithmetic)
+    plain = plain_copy(model)
+    if chosen in (own, REAL):
+        return Executed(plain, chosen, floating_like(model).dtype, False)
+    dtype = DTYPES[chosen.name]
+    return Executed(plain.to(dtype), chosen, dtype, True)
 
 
 @torch.no_grad()
@@ -25,48 +64,17 @@ def logits_of(
     x: Tensor,  # [B, *input_shape]
     batch_size: int = 1024,
 ) -> Tensor:  # [B, K]
-    """The model's logits, without TF32 and autocast; ValueError for no samples, NaN or infinite inputs."""
+    """The model's logits in `exact_arithmetic`; ValueError for no samples, NaN or infinite inputs."""
     if x.numel() == 0:
         raise ValueError("x: expected at least one sample, got none")
     if not all(bool(torch.isfinite(end)) for end in x.aminmax()):  # one pass; NaN goes through both ends
         raise ValueError("x: expected finite inputs; got NaN or infinity")
-    with _full_precision(x.device):
+    with exact_arithmetic(x.device):
         return torch.cat([model(part) for part in torch.split(x, batch_size)])
 
 
-@torch.no_grad()
-def rounding_allowance(
-    model: nn.Module,
-    x: Tensor,  # [B, *input_shape]
-    logits: Tensor,  # [B, K], the model's at x
-) -> Tensor:  # [B, 1] float64
-    """What each margin is lowered by: a relative share of the largest logit, plus a multiple of the deviation found.
-
-    The deviation is the largest between the model and its float64 copy on points near the samples, so that large hidden
-    values that cancel in the logits are seen. It is measured, with a safety factor of 8, and not yet proved.
-    """
-    dtypes = {tensor.dtype for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()}
-    share = max(RELATIVE_ROUNDING.get(dtype, 2e-1) for dtype in {logits.dtype, x.dtype, *dtypes})
-    allowance = share * logits.double().abs().amax(1, keepdim=True)
-    if floating_like(model).dtype == torch.float64 and share < 1e-9:
-        return allowance
-    probes = _probes(x)
-    with _full_precision(x.device):
-        found = model(probes).double()
-        exact = float64_copy(model)(probes.double()).double()
-    return allowance + _MULTIPLE * float((found - exact).abs().max())
-
-
-def _probes(x: Tensor) -> Tensor:
-    """Points near the first samples: rounding errors at one point alone may happen to cancel, e.g. at zero."""
-    generator = torch.Generator().manual_seed(0)
-    chosen = x[torch.arange(_PROBES, device=x.device) % len(x)]
-    noise = torch.rand(chosen.shape, generator=generator) * (2 * _PROBE_NOISE) - _PROBE_NOISE
-    return chosen + noise.to(chosen)
-
-
-def float64_copy(model: nn.Module) -> nn.Module:
-    """A copy with the very weights that the model runs with, parametrized ones made plain, converted to float64."""
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy with the very weights that the model runs with, parametrized ones made plain."""
     clone = copy.deepcopy(model)
     for own, live in zip(list(clone.modules()), list(model.modules()), strict=True):
         if not parametrize.is_parametrized(own):
@@ -77,18 +85,72 @@ def float64_copy(model: nn.Module) -> nn.Module:
         del own._modules["parametrizations"]
         for name, weight in weights.items():
             own.register_parameter(name, nn.Parameter(weight, requires_grad=False))
-    return clone.double()
+    return clone
 
 
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No TF32 and no autocast, whose rounding the allowance does not cover; the settings are restored."""
-    product, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(product)
-        torch.backends.cudnn.allow_tf32 = convolution
+class Float64Pass:
+    """The traced network in float64: tensors and constants are those of the executed one, converted exactly."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        self._model = copy.deepcopy(graph.model).double()
+        self._constants = {node: _double(value) for node, value in graph.constants.items()}
+        self._live = _depending(graph)
+        self._last = _last_uses(graph)
+
+    @torch.no_grad()
+    def run(
+        self,
+        x: Tensor,  # [B, *input_shape]
+        visit: Visit,
+    ) -> Tensor:  # [B, K]
+        """The logits; `visit` is told every tensor that depends on the input as soon as it is computed."""
+        values: dict[fx.Node, Any] = {}
+        with exact_arithmetic(x.device):
+            for node in self._graph.nodes:
+                values[node] = self._value(node, values, x)
+                if node in self._graph.shapes:
+                    visit(node, values[node])
+                for done in self._last.get(node, ()):
+                    del values[done]
+        found: Tensor = values[self._graph.output]
+        return found
+
+    def _value(self, node: fx.Node, values: dict[fx.Node, Any], x: Tensor) -> Any:
+        if node.op == "placeholder":
+            return x.double()
+        if node not in self._live:
+            return self._constants[node]
+        args: Any = fx.node.map_arg(node.args, values.__getitem__)
+        kwargs: Any = fx.node.map_arg(node.kwargs, values.__getitem__)
+        if node.op == "call_module":
+            return self._model.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _depending(graph: Graph) -> set[fx.Node]:
+    """Tensors that depend on the input, and the sizes taken from them: these follow the batch."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        below = any(parent in found for parent in node.all_input_nodes)
+        if node in graph.shapes or (below and not isinstance(graph.constants[node], Tensor)):
+            found.add(node)
+    return found
+
+
+def _last_uses(graph: Graph) -> dict[fx.Node, list[fx.Node]]:
+    """By node: the nodes whose values are not needed after it."""
+    last = {node: node for node in graph.nodes}
+    for node in graph.nodes:
+        last.update(dict.fromkeys(node.all_input_nodes, node))
+    last.pop(graph.output, None)
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node, end in last.items():
+        found.setdefault(end, []).append(node)
+    return found

@@ -13,6 +13,7 @@ from . import (  # registers the rules of torch's own layers
     layer_rules,  # noqa: F401
     rounding_rules,  # noqa: F401
 )
+from .digests import model_digest
 from .graph import Graph, check_finite_state, check_model, check_replay, floating_like, trace
 from .jacobian import largest_jacobian_norm
 from .linear import LinearMap, NormBounds, check_norm, converted, float64
@@ -80,6 +81,7 @@ class LipschitzBound:
         input_shape: the shape of the inputs it holds for, without the batch.
         pair_methods: per pair "product" or "equivalence" (from l2 by norm equivalence), [K][K]; see `lipschitz`.
         records: by norm, that of the bound and "l2": how its constants were found.
+        digest: of the model's graph and weights, see `digests.model_digest`: a bound is good for no other.
     """
 
     upper: float
@@ -90,6 +92,7 @@ class LipschitzBound:
     input_shape: tuple[int, ...] = ()
     pair_methods: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     records: Mapping[str, NormRecord] = field(default_factory=dict, repr=False, compare=False)
+    digest: str = field(default="", repr=False)
 
 
 def lipschitz(
@@ -136,11 +139,12 @@ def lipschitz(
 
 
 def _product(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> LipschitzBound:
-    record = _product_in(model, input_shape, norm)
+    graph = trace(model, input_shape, leaf_types())
+    record = _product_in(graph, norm)
     upper, pairwise, records = record.upper, record.pairwise, {norm: record}
     methods = [["product"] * len(pairwise) for _ in pairwise]
     if norm != "l2":
-        other_record = records["l2"] = _product_in(model, input_shape, "l2")
+        other_record = records["l2"] = _product_in(graph, "l2")
         # linf: from the inputs' norm to l2; l1: from l2 of the logits to their own norm
         inner = up_sqrt(float(math.prod(input_shape))) if norm == "linf" else 1.0
         outer = 1.0 if norm == "linf" else up_sqrt(float(len(pairwise)))
@@ -150,7 +154,7 @@ def _product(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> Lipsc
         pairwise = torch.minimum(pairwise, other)
     names = tuple(tuple(row) for row in methods)
     layers = tuple(_layer_bound(run) for run in record.runs if run.parts)
-    return LipschitzBound(upper, 0.0, pairwise, layers, norm, input_shape, names, records)
+    return LipschitzBound(upper, 0.0, pairwise, layers, norm, input_shape, names, records, model_digest(graph))
 
 
 def _layer_bound(run: Run) -> LayerBound:
@@ -158,14 +162,13 @@ def _layer_bound(run: Run) -> LayerBound:
     return LayerBound(" + ".join(run.parts), type(run.operator).__name__, bounds.lower, bounds.upper, bounds.method)
 
 
-def _product_in(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> NormRecord:
+def _product_in(graph: Graph, norm: str) -> NormRecord:
     runs: list[Run] = []
 
     def norm_of(name: str, parts: tuple[str, ...], linear: LinearMap) -> float:
         runs.append(Run(name, parts, linear, bracket(linear, norm)))
         return runs[-1].bounds.upper
 
-    graph = trace(model, input_shape, leaf_types())
     walk = Walk(
         graph,
         norm_of=norm_of,

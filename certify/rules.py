@@ -38,6 +38,46 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """How an executed operation comes to its result; `local_errors` makes it an error bound. Norms are l2.
+
+    Attributes:
+        kind: "exact": it moves numbers or copies them. "steps": each result takes at most `terms` roundings of numbers
+            whose norm is at most gain * ||input|| + offset; 0 where it only picks among its inputs (a maximum).
+            "dot": each result is a sum of at most `terms` products of inputs and weights, bias included, in any order.
+        terms: see kind.
+        gain: see kind; None takes the norm of the operator with absolute entries. Not used by "dot".
+        offset: see kind; for "dot" the norm of the bias over all outputs.
+        repeats: for "dot", how often one input may enter one result (padding that repeats pixels).
+        partials: further sums of every result that half types store (see `local_errors`).
+        jump: norm of what separates the function itself from the one that its Lipschitz rule is about.
+        reach: intermediate numbers are at most max(reach, gain) * ||input|| + offset + peak: a mean of n numbers sums
+            them before it divides, which reaches sqrt(n).
+        peak: see reach; inf refuses a certificate.
+    """
+
+    kind: str
+    terms: int = 0
+    gain: float | None = None
+    offset: float = 0.0
+    repeats: int = 1
+    partials: int = 0
+    jump: float = 0.0
+    reach: float = 1.0
+    peak: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("exact", "steps", "dot"):
+            raise ValueError(f"kind: expected exact, steps or dot, got {self.kind!r}")
+        numbers = (self.terms, self.gain or 0.0, self.offset, self.repeats, self.partials, self.jump)
+        if not all(number >= 0 for number in (*numbers, self.reach, self.peak)):
+            raise ValueError(f"Rounding: expected numbers >= 0, got {(*numbers, self.reach, self.peak)}")
+
+
+EXACT = Rounding("exact")
+
+
+@dataclass(frozen=True)
 class Rule:
     """Exactly one of `linear` (an affine operation's operator) and `factor` (a Lipschitz constant in a norm)."""
 
@@ -46,20 +86,24 @@ class Rule:
 
 
 _RULES: dict[Operation, Rule] = {}
+_ROUNDINGS: dict[Operation, Callable[[Call], Rounding]] = {}
 
 
 def register_rule(
     *operations: Operation,
     linear: Callable[[Call], LinearMap] | None = None,
     factor: Callable[[Call, str], float] | float | None = None,
+    rounding: Callable[[Call], Rounding] | Rounding | None = None,
 ) -> None:
-    """Give operations a Lipschitz rule.
+    """Give operations a Lipschitz rule, and a rule for the rounding of their results.
 
     Args:
         operations: exact module types, functions such as torch.relu, or tensor method names.
         linear: for an affine operation, the function from its call to the operator (without the constant part).
         factor: for any other operation, an upper bound of its Lipschitz constant: a number for all norms, or a function
             of the call and the norm ("l2", "linf", "l1").
+        rounding: how the executed operation rounds, or a function from its call to that. Without it, a model with the
+            operation has Lipschitz bounds but no certified radii.
 
     Raises:
         ValueError: none or both of `linear` and `factor`, a factor that is no number >= 0, or an operation that has a
@@ -78,6 +122,35 @@ def register_rule(
     else:
         rule = Rule(linear=linear, factor=factor)
     _RULES.update(dict.fromkeys(operations, rule))
+    if rounding is not None:
+        register_rounding(*operations, rounding=rounding)
+
+
+def register_rounding(*operations: Operation, rounding: Callable[[Call], Rounding] | Rounding) -> None:
+    """Give operations the rule for the rounding of their results, apart from their Lipschitz rule.
+
+    Raises:
+        ValueError: an operation that has one already.
+    """
+    known = [operation for operation in operations if operation in _ROUNDINGS]
+    if known:
+        raise ValueError(f"register_rounding: {', '.join(map(str, known))} has a rounding rule already")
+    if isinstance(rounding, Rounding):
+        always = rounding
+        _ROUNDINGS.update(dict.fromkeys(operations, lambda call: always))
+    else:
+        _ROUNDINGS.update(dict.fromkeys(operations, rounding))
+
+
+def rounding_for(operation: Operation, call: Call, name: str) -> Rounding:
+    """How a call rounds; ValueError that names the place and the way out where there is no rule."""
+    found = _ROUNDINGS.get(operation)
+    if found is None:
+        raise ValueError(
+            f"{call.place}: no rounding rule for {name}, so that no radius can be proved; give "
+            "speccert.certify.register_rule one with rounding="
+        )
+    return found(call)
 
 
 def rule_for(operation: Operation, place: str, name: str) -> Rule:

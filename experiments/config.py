@@ -42,11 +42,13 @@ ATTACK_NORMS = {  # as the attacks themselves have it, which torch-free code can
     "cw": ("l2",),
     "ddn": ("l2",),
     "fmn": NORMS,
+    "rounding-search": NORMS,
 }
 ATTACKS = tuple(ATTACK_NORMS)
 BOUNDS = ("product",)
+ARITHMETICS = ("model", "real", "float64", "float32", "float16", "bfloat16")
 
-_FORMAT = 1  # raise it when a field changes meaning: ids then change and no old run is taken for a new one
+_FORMAT = 2  # raise it when a field changes meaning: ids then change and no old run is taken for a new one
 _LOCATION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 NEEDED = {"weight-decay": "weight_decay", "gradient-clip": "gradient_clip", "penalty": "penalty_weight"}
 
@@ -95,6 +97,7 @@ class CellConfig:
     eps: tuple[float, ...] = (0.1, 0.3, 0.5)  # kept sorted
     attacks: tuple[str, ...] = ("fgsm", "pgd", "ddn")
     bound: str = "product"
+    arithmetic: str = "model"  # that the certified network runs in
     checkpoint: str | None = None  # weights to start from (.safetensors or a torch file)
 
     def __post_init__(self) -> None:
@@ -134,9 +137,10 @@ class CellConfig:
 
 
 def usable_attacks(attacks: Sequence[str], norm: str) -> tuple[str, ...]:
-    """Those of the attacks that know the norm; where none does, all known ones that do."""
+    """Those of the attacks that know the norm; where none does, all usual ones that do."""
     fit = tuple(name for name, norms in ATTACK_NORMS.items() if norm in norms)
-    return tuple(name for name in attacks if name in fit) or fit
+    usual = tuple(name for name in fit if name != "rounding-search")  # which looks for flaws of a certificate
+    return tuple(name for name in attacks if name in fit) or usual
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(CellConfig))
@@ -237,6 +241,7 @@ RULES: dict[str, Rule] = {
     "eps": (_is_eps, "a list of finite numbers >= 0 that differ in their first six digits"),
     "attacks": different(*ATTACKS),
     "bound": choice(*BOUNDS),
+    "arithmetic": choice(*ARITHMETICS),
     "checkpoint": optional(PATH),
 }
 _REALS = {field.name for field in dataclasses.fields(CellConfig) if field.type in (float, float | None)}

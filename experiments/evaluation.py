@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..attacks import attack, is_minimum_norm
-from ..certify import NORMS, LipschitzBound, certified_accuracy, lipschitz, radii_from_logits
-from ..certify.execution import logits_of, rounding_allowance
+from ..certify import NORMS, Certifier, LipschitzBound, Radii, certified_accuracy, lipschitz
+from ..certify.execution import Executed, executed, logits_of
 from ..certify.graph import floating_like
-from ..certify.radii import limiting_classes
 from .config import CellConfig
 from .data import Dataset, Split
 
@@ -86,6 +85,7 @@ def evaluate(
 ) -> Evaluation:
     """Bound, certify and attack a model in eval mode on the test part of `data`.
 
+    All are for the network as executed in the config's arithmetic, converted to it where that is not the model's own.
     Radii are computed in all three norms; attacks run in the config's. A sample's smallest distance is that of the
     nearest adversarial point that any attack found, 0 where it is misclassified, infinite where none was found. An
     attack with a ball goes through the eps in ascending order and spares samples that it has broken at a smaller one.
@@ -97,17 +97,25 @@ def evaluate(
     start = time.perf_counter()
     device = floating_like(model).device
     split = Split(data.test.x.to(device), data.test.y.to(device))
+    # the network in real arithmetic can't be run: float64 stands for it
+    network = executed(model, "float64" if config.arithmetic == "real" else config.arithmetic)
+    if network.rounded:
+        model = network.model
     report("bounds")
     bounds = {norm: lipschitz(model, data.input_shape, config.bound, norm) for norm in NORMS if norm != config.norm}
-    bounds[config.norm], doubt = _with_lower(model, config, split)
+    bounds[config.norm], doubt = _with_lower(model, config, split, network.dtype)
     report("radii")
-    samples, radii = _certify(model, split, bounds)
+    samples, found = _certify(model, split, bounds, "real" if config.arithmetic == "real" else None)
+    attainable = found if config.arithmetic != "real" else _certify(model, split, bounds, None)[1]
+    radii = {norm: one.radius.to(device) for norm, one in attainable.items()}
+    model = _Converting(network).eval() if network.rounded else model
     wrong = torch.tensor((samples["prediction"] != samples["label"]).to_numpy(), device=device)
     attacked = _attack_all(model, config, split, wrong, report)
     _check_witness(attacked, radii)
     if doubt is not None:
         raise CertificateViolationError(f"certificate broken: {doubt}", {}) from doubt
-    results = _results(config, bounds[config.norm], samples, radii[config.norm], attacked)
+    results = _results(config, bounds[config.norm], samples, found[config.norm].radius, attacked)
+    results |= _losses(found[config.norm])
     results["evaluate_s"] = time.perf_counter() - start
     closest = _closest(model, attacked, wrong, radii[config.norm])
     return Evaluation(_with_attacks(samples, attacked), results, bounds, closest)
@@ -135,9 +143,23 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: None if value in (math.inf, -math.inf) else value for key, value in values.items()}
 
 
-def _with_lower(model: nn.Module, config: CellConfig, split: Split) -> tuple[LipschitzBound, ArithmeticError | None]:
+class _Converting(nn.Module):
+    """A network in another arithmetic for inputs of any type, as the attacks have them."""
+
+    def __init__(self, network: Executed) -> None:
+        super().__init__()
+        self.model, self._dtype = network.model, network.dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x.to(self._dtype))
+        return logits.to(torch.promote_types(x.dtype, self._dtype))
+
+
+def _with_lower(
+    model: nn.Module, config: CellConfig, split: Split, dtype: torch.dtype
+) -> tuple[LipschitzBound, ArithmeticError | None]:
     """The bound with its lower estimate, or without and what disproves it: the attacks then look for an example."""
-    shape, points = tuple(split.x.shape[1:]), split.x[:_JACOBIAN_POINTS]
+    shape, points = tuple(split.x.shape[1:]), split.x[:_JACOBIAN_POINTS].to(dtype)
     try:
         return lipschitz(model, shape, config.bound, config.norm, points=points), None
     except ArithmeticError as error:
@@ -146,26 +168,37 @@ def _with_lower(model: nn.Module, config: CellConfig, split: Split) -> tuple[Lip
 
 @torch.no_grad()
 def _certify(
-    model: nn.Module, split: Split, bounds: Mapping[str, LipschitzBound]
-) -> tuple[pd.DataFrame, dict[str, Tensor]]:
-    logits = logits_of(model, split.x)
-    allowance = rounding_allowance(model, split.x, logits)
-    rivals = logits.double().scatter(1, split.y[:, None], -torch.inf).amax(1)
-    own = logits.double().gather(1, split.y[:, None]).squeeze(1)
+    model: nn.Module, split: Split, bounds: Mapping[str, LipschitzBound], arithmetic: str | None
+) -> tuple[pd.DataFrame, dict[str, Radii]]:
+    """The rows of the samples, and the radii in every norm, from one pass over them."""
+    certifier = Certifier(model, tuple(split.x.shape[1:]), arithmetic, bound=bounds["l2"])
+    margins = certifier.margins(split.x, split.y)
+    logits, label = margins.logits.double(), margins.label
+    rivals = logits.scatter(1, label[:, None], -torch.inf).amax(1)
     columns: dict[str, Any] = {
         "index": range(len(split)),
-        "label": split.y.cpu().numpy(),
-        "prediction": logits.argmax(1).cpu().numpy(),
-        "margin": (own - rivals).cpu().numpy(),
+        "label": label.numpy(),
+        "prediction": margins.prediction.numpy(),
+        "margin": (logits.gather(1, label[:, None]).squeeze(1) - rivals).numpy(),
+        "proved_margin": margins.lowest.numpy(),
     }
-    radii = {norm: radii_from_logits(logits, split.y, bound.pairwise, allowance) for norm, bound in bounds.items()}
-    for norm, values in radii.items():
-        columns[f"radius_{norm}"] = values.cpu().numpy()
+    radii = {norm: certifier.radii(margins, bound) for norm, bound in bounds.items()}
+    for norm, found in radii.items():
+        columns[f"radius_{norm}"] = found.radius.numpy()
     for norm in ("linf", "l1"):
-        limiting = limiting_classes(logits, split.y, bounds[norm].pairwise).tolist()
-        methods = bounds[norm].pair_methods
-        columns[f"radius_method_{norm}"] = [methods[y][j] for y, j in zip(split.y.tolist(), limiting, strict=True)]
+        methods, limiting = bounds[norm].pair_methods, radii[norm].limiting.tolist()
+        columns[f"radius_method_{norm}"] = [methods[y][j] for y, j in zip(label.tolist(), limiting, strict=True)]
     return pd.DataFrame(columns), radii
+
+
+def _losses(radii: Radii) -> dict[str, Any]:
+    """What rounding takes off the radii: the median share of those that real arithmetic has, and lost to overflow."""
+    counted = (radii.real > 0) & torch.isfinite(radii.real)
+    shares = 1 - radii.radius[counted] / radii.real[counted]
+    return {
+        "rounding_loss": float(shares.median()) if len(shares) else None,
+        "overflow_count": int(radii.overflow.sum()),
+    }
 
 
 def _chosen(config: CellConfig, count: int) -> Tensor:

@@ -46,8 +46,9 @@ HELP = {
     "attack_samples": "how many test samples to attack",
     "norm": "norm of the perturbation: l2, linf or l1",
     "eps": "perturbation sizes in raw input units, e.g. 0.1,0.3 or 36/255",
-    "attacks": "fgsm, pgd, autoattack, deepfool, cw, ddn, fmn; comma-separated",
+    "attacks": "fgsm, pgd, autoattack, deepfool, cw, ddn, fmn, rounding-search; comma-separated",
     "bound": "method of the Lipschitz bound: product",
+    "arithmetic": "that the certified network runs in: model (its own), real, float64, float32, float16 or bfloat16",
     "checkpoint": "weights to start from, a .safetensors or weights-only torch file",
 }
 _ALWAYS_LISTS = ("constraint", "threshold", "seed", *LISTS)  # given as a list, even one of one value

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..certify import certified_accuracy, lipschitz, radii_from_logits
+from ..certify import certified_accuracy, estimate_radii, lipschitz
 from ..models import build_model, constrain
 from .checkpoints import load_checkpoint
 from .config import CellConfig, config_id
@@ -223,7 +223,7 @@ class Training:
             logits = torch.cat([self.model(part) for part in torch.split(x, _EVALUATION_BATCH)])
         if not bool(logits.isfinite().all()):
             raise NonFiniteError("the logits of the validation part are not finite")
-        radii = radii_from_logits(logits, y, bound.pairwise)
+        radii = estimate_radii(logits, y, bound.pairwise)
         return {
             "validation_accuracy": float((logits.argmax(1) == y).double().mean()),
             "validation_certified_accuracy": float(certified_accuracy(radii, _validation_eps(config))),

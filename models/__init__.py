@@ -1,12 +1,13 @@
 """Networks: constraints on stock layers, activations, architectures, normalisation as a layer."""
 
+from . import roundings as _roundings  # registers how this package's layers round
 from . import rules as _rules  # registers the Lipschitz rules of this package's layers
 from .activations import ACTIVATIONS, Abs, GroupSort, Householder, MaxMin, build_activation
 from .architectures import build_model
 from .constraints import BASELINES, CONSTRAINTS, SpectralConstraint, constrain, retract, spectral_penalty
 from .layers import Normalize, Residual
 
-del _rules
+del _roundings, _rules
 
 __all__ = [
     "ACTIVATIONS",

@@ -105,6 +105,44 @@ def test_rows_are_the_test_part_in_order(data, model, found):
     assert samples["margin"].to_numpy() == pytest.approx((own - others).numpy(), abs=1e-6)
 
 
+def test_the_proved_margin_is_below_the_true_one(data, model, found):
+    weight, bias = (t.detach().double() for t in (model[1].weight, model[1].bias))
+    logits = data.test.x.flatten(1).double() @ weight.T + bias
+    own = logits.gather(1, data.test.y[:, None]).squeeze(1)
+    exact = (own - logits.scatter(1, data.test.y[:, None], -math.inf).amax(1)).numpy()
+    proved = found.samples["proved_margin"].to_numpy()
+    assert (proved <= exact + 1e-15).all()
+    assert proved == pytest.approx(exact, abs=1e-12)
+
+
+@pytest.mark.parametrize("arithmetic", ["real", "float64", "float16", "bfloat16"])
+def test_another_arithmetic_is_certified_and_attacked(data, model, found, arithmetic):
+    other = evaluate(model, settings(arithmetic=arithmetic), data)
+    dtype = torch.float64 if arithmetic == "real" else getattr(torch, arithmetic)  # float64 stands for real
+    converted = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, CLASSES)).eval()
+    converted.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        logits = converted.to(dtype)(data.test.x.to(dtype))
+        moved = converted(other.closest["x_adv"].to(dtype))
+    assert other.samples["prediction"].tolist() == logits.argmax(1).tolist()
+    label = other.closest["label"]
+    rivals = moved.double().scatter(1, label[:, None], -math.inf).amax(1)
+    assert (rivals >= moved.double().gather(1, label[:, None]).squeeze(1)).all()
+    attacked = other.samples[other.samples["attacked"]]
+    assert (attacked["radius_l2"] <= attacked["distance"]).all()
+    losses = {"real": 0.0, "float64": 1e-12, "float16": 0.02, "bfloat16": 0.15}
+    assert 0.0 <= other.results["rounding_loss"] <= losses[arithmetic]
+    assert other.results["overflow_count"] == 0
+    assert found.results["rounding_loss"] <= 1e-4
+
+
+def test_a_possible_overflow_is_counted(data):
+    big = linear(data, 4e3)  # logits fit into float16, but not with room to spare
+    found = evaluate(big, settings(arithmetic="float16", attacks=()), data)
+    assert found.results["overflow_count"] > 0
+    assert (found.samples["radius_l2"] >= 0).all()
+
+
 def test_the_smallest_distance_of_a_linear_model_is_its_radius(found):
     right = found.samples["label"] == found.samples["prediction"]
     radius, distance = found.samples.loc[right, "radius_l2"], found.samples.loc[right, "distance"]
@@ -155,7 +193,7 @@ def test_results_follow_from_the_rows(data, model, changes):
     found = evaluate(model, config, data)
     for key, value in recomputed(found.samples, config).items():
         assert found.results[key] == pytest.approx(value, rel=1e-12), key
-    bounds = {"lipschitz_upper", "lipschitz_lower", "evaluate_s"}
+    bounds = {"lipschitz_upper", "lipschitz_lower", "evaluate_s", "rounding_loss", "overflow_count"}
     assert found.results.keys() == recomputed(found.samples, config).keys() | bounds
     assert 0 < found.results["lipschitz_lower"] <= found.results["lipschitz_upper"]
 

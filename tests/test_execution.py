@@ -1,14 +1,17 @@
-"""The executed network against its float64 copy: rounding that the final logits don't show still lowers the radii."""
+"""The network as it runs: plain weights, conversions, and the float64 pass that sees every tensor."""
 
 import copy
 
 import pytest
 import torch
+from oracles import Wired, randomised, seeded
 from torch import nn
 
 from speccert.attacks import attack
 from speccert.certify import certified_radii
-from speccert.certify.execution import float64_copy, logits_of, rounding_allowance
+from speccert.certify.execution import Float64Pass, executed, logits_of, plain_copy
+from speccert.certify.graph import trace
+from speccert.certify.rules import leaf_types
 from speccert.models import constrain
 
 
@@ -23,7 +26,7 @@ def cancelling(bias: float = 1e5) -> nn.Sequential:
 
 
 def uniform(*shape: int) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(0))
+    return torch.rand(*shape, generator=seeded())
 
 
 def test_large_hidden_values_that_cancel_lower_the_radii_below_every_adversarial_distance():
@@ -36,7 +39,10 @@ def test_large_hidden_values_that_cancel_lower_the_radii_below_every_adversarial
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_random_points_inside_the_radius_of_a_linear_model_keep_the_class(wide):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_random_points_inside_the_radius_of_a_linear_model_keep_the_class(wide, dtype):
+    """The radius that real arithmetic gives is flipped at such points."""
+
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -49,49 +55,99 @@ def test_random_points_inside_the_radius_of_a_linear_model_keep_the_class(wide):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Scaled().eval()
-    normal = (model.linear.weight[0] - model.linear.weight[1]).detach().double()
+    model.linear.to(dtype)
+    weight, bias = model.linear.weight.detach().double(), model.linear.bias.detach().double()
+    normal = weight[0] - weight[1]
     x = uniform(300, 50)
-    margin = (model.linear.weight.double() @ x.double().T + model.linear.bias.double()[:, None]).T.detach()
-    # to within 1e-4 of the decision boundary, where rounding is a good part of the margin
-    beside = torch.linspace(0, 1e-4, 300, dtype=torch.float64) / normal.norm()
-    x = (x.double() + (beside - (margin[:, 0] - margin[:, 1]) / normal.square().sum())[:, None] * normal).float()
-    y = model(x).argmax(1)
-    radii = certified_radii(model, x, y)
-    assert (radii > 0).sum() >= 100
+    margin = x.double() @ weight.T + bias
+    # near the decision boundary, where rounding is a good part of the margin
+    width = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.6}[dtype]
+    beside = torch.linspace(0, width, 300, dtype=torch.float64) / normal.norm()
+    x = (x.double() + (beside - (margin[:, 0] - margin[:, 1]) / normal.square().sum())[:, None] * normal).to(dtype)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    radii, bare = certified_radii(model, x, y), certified_radii(model, x, y, arithmetic="real")
+    assert (radii > 0).sum() >= 50
+    assert (radii <= bare).all()
+    flipped = 0
     for seed in range(20):
-        noise = torch.randn(300, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noise = torch.randn(300, 50, generator=seeded(seed), dtype=torch.float64)
         noise = noise - 30 * (normal / normal.norm()) * (1 - 2.0 * y.double())[:, None]  # mostly towards the boundary
-        inside = x.double() + noise / noise.norm(dim=1, keepdim=True) * radii[:, None] * 0.999
-        moved = inside.float()
-        kept = (moved.double() - x.double()).norm(dim=1) < radii
-        assert (model(moved).argmax(1) == y)[kept].all()
+        noise = noise / noise.norm(dim=1, keepdim=True)
+        for radius in (radii, bare):
+            moved = (x.double() + noise * radius[:, None] * 0.999).to(dtype)
+            kept = (moved.double() - x.double()).norm(dim=1) < radius
+            with torch.no_grad():
+                same = model(moved).argmax(1) == y
+            if radius is radii:
+                assert same[kept].all()
+            else:
+                flipped += int((~same[kept]).sum())
+    assert flipped > 0 or dtype != torch.float32
+
+
+def capped():
+    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
+    return constrain(model, 0.7, "cap", input_shape=(1, 4, 4)).eval()
 
 
 def test_the_copy_has_the_weights_that_run_and_leaves_the_model_alone():
-    model = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
-    constrain(model, 0.7, "cap", input_shape=(1, 4, 4)).eval()
+    model = capped()
     state = copy.deepcopy(model.state_dict())
-    clone = float64_copy(model)
+    clone = plain_copy(model)
     for k in (0, 3):
-        assert torch.equal(clone[k].weight, model[k].weight.double())
+        assert torch.equal(clone[k].weight, model[k].weight)
         assert type(clone[k]) in (nn.Conv2d, nn.Linear)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
     x = uniform(3, 1, 4, 4)
-    torch.testing.assert_close(clone(x.double()).float(), model(x))
+    assert torch.equal(clone(x), model(x))
 
 
-def test_the_allowance_exceeds_the_deviation_at_the_samples():
-    model, x = cancelling(1e4), uniform(300, 2)
-    logits = logits_of(model, x)
-    deviation = (logits.double() - float64_copy(model)(x.double())).abs().amax(1, keepdim=True)
-    assert (rounding_allowance(model, x, logits) >= 2 * deviation).all()
+def test_conversion_rounds_the_weights_that_run():
+    model = capped()
+    network = executed(model, "bfloat16")
+    assert network.rounded
+    assert torch.equal(network.model[3].weight, model[3].weight.bfloat16())
+    assert network.rounds(torch.float32)
+    assert not network.rounds(torch.bfloat16)
+    x = uniform(3, 1, 4, 4)
+    assert network.logits(x).dtype == torch.bfloat16
+    same = executed(model)
+    assert not same.rounded
+    assert not same.rounds(torch.float32)
+    assert not same.rounds(torch.float16)
+    assert same.rounds(torch.float64)
+    assert torch.equal(same.logits(x), model(x))
+    with pytest.raises(ValueError, match="expected floating-point inputs"):
+        same.converted(torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
 
 
-def test_a_float64_model_keeps_nearly_all_of_its_radius():
-    model = nn.Linear(6, 3).double().eval()
-    x = uniform(50, 6).double()
-    logits = logits_of(model, x)
-    assert rounding_allowance(model, x, logits).max() <= 1e-11 * logits.abs().max()
+def in_float64(model, shape, x):
+    graph = trace(model, shape, leaf_types())
+    seen = {}
+    found = Float64Pass(graph).run(x, lambda node, value: seen.update({node.name: value}))
+    assert set(seen) == {node.name for node in graph.shapes}
+    return found, seen
+
+
+def test_the_float64_pass_is_that_of_a_float64_model():
+    model, x = capped(), uniform(7, 1, 4, 4)
+    found, seen = in_float64(plain_copy(model), (1, 4, 4), x)
+    assert torch.equal(found, plain_copy(model).double()(x.double()))
+    assert all(value.dtype == torch.float64 and len(value) == 7 for value in seen.values())
+
+
+def test_sizes_follow_the_batch_and_constants_are_those_that_run():
+    def forward(m, x):
+        flat = x.view(x.size(0), -1)
+        return m.fc(flat * (m.scale + 0.1)) / x.shape[-1]
+
+    model = randomised(Wired(forward, {"scale": torch.tensor(0.2)}, fc=nn.Linear(16, 3)))
+    x = uniform(9, 1, 4, 4)
+    found, _ = in_float64(model, (1, 4, 4), x)
+    factor = (torch.tensor(0.2) + 0.1).double()  # rounded in float32
+    exact = copy.deepcopy(model.fc).double()
+    torch.testing.assert_close(found, exact(x.double().flatten(1) * factor) / 4, rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -100,3 +156,11 @@ def test_inputs_that_are_not_finite_are_refused(bad):
         logits_of(nn.Linear(2, 2), torch.tensor([[0.0, bad]]))
     with pytest.raises(ValueError, match="at least one sample"):
         logits_of(nn.Linear(2, 2), torch.zeros(0, 2))
+
+
+def test_logits_that_overflow_are_refused():
+    model = nn.Linear(2, 2).eval()
+    with torch.no_grad():
+        model.weight.fill_(6e4)
+    with pytest.raises(ValueError, match="finite numbers; got NaN or infinity in float16"):
+        certified_radii(model, torch.full((1, 2), 30.0), arithmetic="float16")

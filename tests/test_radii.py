@@ -10,10 +10,9 @@ from speccert.certify import (
     certified_accuracy,
     certified_curve,
     certified_radii,
+    estimate_radii,
     lipschitz,
-    radii_from_logits,
 )
-from speccert.certify.radii import _lowered_margins, limiting_classes
 
 NORMS = ("l2", "linf", "l1")
 DUAL = {"l2": 2, "linf": 1, "l1": math.inf}
@@ -72,40 +71,41 @@ def test_misclassified_samples_have_radius_0(norm):
     assert bool((certified_radii(model, x, wrong, norm) == 0).all())
 
 
-def logits_of(*rows):
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-ONES = 1 - torch.eye(3, dtype=torch.float64)
+def biased(rows, biases, dtype=torch.float32):
+    """A linear classifier with the given weights and biases; at x = 0 its logits are the biases."""
+    model = nn.Linear(len(rows[0]), len(rows)).to(dtype).eval()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor(rows))
+        model.bias.copy_(torch.tensor(biases))
+    return model
 
 
 def test_radius_is_the_least_over_pairs_not_that_of_the_runner_up():
-    pairwise = torch.tensor([[0, 1, 8], [1, 0, 1], [8, 1, 0]], dtype=torch.float64)
-    logits = logits_of([2.0, 1.0, 0.0])
-    y = torch.tensor([0])
-    assert float(radii_from_logits(logits, y, pairwise)) == pytest.approx(0.25)
-    assert int(limiting_classes(logits, y, pairwise)) == 2
+    model = biased([[0.0, 0.0], [1.0, 0.0], [0.0, 8.0]], [2.0, 1.0, 0.0])
+    radius = certified_radii(model, torch.zeros(1, 2), torch.tensor([0]))
+    assert 0.249 < float(radius) <= 0.25
 
 
 @pytest.mark.parametrize("row", [[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, -0.0, -1.0]])
 @pytest.mark.parametrize("label", [0, 1])
-@pytest.mark.parametrize("scale", [0.0, 1e-300, 1.0, 1e300])
-def test_a_tie_has_radius_0(row, label, scale):
-    assert float(radii_from_logits(logits_of(row), torch.tensor([label]), scale * ONES)) == 0.0
+@pytest.mark.parametrize("weights", [0.0, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("arithmetic", [None, "real", "float64"])
+def test_a_tie_has_radius_0(row, label, weights, arithmetic):
+    model = biased([[weights], [-weights], [0.0]], row)
+    assert float(certified_radii(model, torch.zeros(1, 1), torch.tensor([label]), arithmetic=arithmetic)) == 0.0
 
 
-def test_a_margin_of_rounding_size_has_radius_0():
-    logits = torch.tensor([[1.0, 1.0 - 2**-24, 0.0]])
-    assert float(radii_from_logits(logits, torch.tensor([0]), ONES)) == 0.0
+def test_a_margin_of_rounding_size_has_radius_0_where_rounding_counts():
+    model = biased([[1.0], [-1.0], [0.0]], [1.0, 1.0 - 2**-24, 0.0])
+    assert float(certified_radii(model, torch.zeros(1, 1), torch.tensor([0]))) == 0.0
+    assert float(certified_radii(model, torch.zeros(1, 1), torch.tensor([0]), arithmetic="real")) > 2**-26
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", [0, 2])
-def test_logits_that_are_not_finite_are_refused(bad, place):
-    logits = logits_of([2.0, 1.0, 0.0], [3.0, 1.0, 0.0])
-    logits[1, place] = bad
-    with pytest.raises(ValueError, match="finite"):
-        radii_from_logits(logits, torch.tensor([0, 0]), ONES)
+def test_estimates_leave_rounding_out():
+    pairwise = torch.tensor([[0, 1, 8], [1, 0, 1], [8, 1, 0]], dtype=torch.float64)
+    logits = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 5.0, 0.0]])
+    assert estimate_radii(logits, torch.tensor([0, 0, 0]), pairwise).tolist() == [0.25, 0.0, 0.0]
+    assert estimate_radii(logits[:1], torch.tensor([0]), 0 * pairwise).tolist() == [math.inf]
 
 
 def test_logits_that_overflow_are_refused():
@@ -132,23 +132,18 @@ def test_weights_that_are_not_finite_are_refused():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_constant_classifier_is_certified_for_ever_or_not_at_all(norm):
+def test_constant_classifier_is_certified_as_far_as_nothing_overflows_or_not_at_all(norm):
     model = linear_model()
     nn.init.zeros_(model[1].weight)
     with torch.no_grad():
         model[1].bias.copy_(torch.arange(5.0))
     x = random(3, 3, 4).float()
-    assert bool(torch.isinf(certified_radii(model, x, torch.tensor([4, 4, 4]), norm)).all())
-    assert bool((certified_radii(model, x, torch.tensor([1, 2, 3]), norm) == 0).all())
-
-
-def test_margins_are_lowered_never_raised():
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        logits = random(6, 4).to(dtype)
-        y = logits.argmax(1)
-        plain = logits.double().gather(1, y[:, None]) - logits.double()
-        others = torch.ones_like(plain).scatter(1, y[:, None], 0).bool()
-        assert bool((_lowered_margins(logits, y, None) < plain)[others].all())
+    right, wrong = torch.tensor([4, 4, 4]), torch.tensor([1, 2, 3])
+    radii = certified_radii(model, x, right, norm)
+    assert bool(((radii > 1e34) & torch.isfinite(radii)).all())
+    assert bool((certified_radii(model, x, right, norm, arithmetic="real") > 1e300).all())
+    for arithmetic in (None, "real"):
+        assert bool((certified_radii(model, x, wrong, norm, arithmetic=arithmetic) == 0).all())
 
 
 @pytest.mark.parametrize(
@@ -289,7 +284,26 @@ def test_curve_falls_from_the_certified_share_to_0():
     assert certified_curve(torch.tensor([math.inf]))[1].tolist() == [1.0] * 200
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 4), (2, 3, 3)])
-def test_logits_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match="expected"):
-        radii_from_logits(torch.zeros(shape), torch.zeros(2, dtype=torch.int64), ONES)
+def test_a_bound_for_weights_before_their_rounding_is_refused():
+    model = linear_model()
+    with pytest.raises(ValueError, match="expected none where the weights are rounded to float16"):
+        certified_radii(model, torch.zeros(1, 3, 4), bound=lipschitz(model, (3, 4)), arithmetic="float16")
+
+
+@pytest.mark.parametrize("arithmetic", ["double", "", "Float32"])
+def test_an_unknown_arithmetic_is_refused(arithmetic):
+    with pytest.raises(
+        ValueError, match="arithmetic: expected one of model, real, float64, float32, float16, bfloat16"
+    ):
+        certified_radii(linear_model(), torch.zeros(1, 3, 4), arithmetic=arithmetic)
+
+
+def test_radii_shrink_with_the_precision():
+    model, x = linear_model(), random(40, 3, 4).float()
+    y = linear_model().half()(x.half()).argmax(1)
+    radii = [certified_radii(model, x, y, arithmetic=name) for name in ("real", "float64", "float32", "float16")]
+    medians = [float(found.median()) for found in radii]
+    assert bool((radii[0] >= radii[1]).all())
+    assert bool((radii[1] >= radii[2]).all())
+    assert medians[0] > medians[1] > medians[2] > medians[3] > 0.9 * medians[0]
+    assert medians[2] > 0.9999 * medians[0]

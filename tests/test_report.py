@@ -402,7 +402,7 @@ def test_embedded_configs_are_those_of_the_cells(runs, report):
     config = report().data["config"]
     for name, *values in config["rows"]:
         built = config["shared"] | dict(zip(config["differing"], values, strict=True))
-        assert CellConfig.from_json(json.dumps({"format": 1, **built})) == RunFolder(runs / name).read_config()
+        assert CellConfig.from_json(json.dumps({"format": 2, **built})) == RunFolder(runs / name).read_config()
         assert isinstance(built["batch_size"], int)
 
 

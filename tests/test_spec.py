@@ -86,6 +86,7 @@ OTHER_VALUES = {
     "optimizer": ["sgd", "adam"],
     "schedule": ["step", "linear"],
     "augment": ["none", "shift"],
+    "arithmetic": ["real", "float16"],
     "norm": ["l1", "l2", "linf"],
     "momentum": [0.5, 0.25],
     "validation_fraction": [0.5, 0.25],
@@ -293,7 +294,7 @@ BUILT_IN = "quick, mnist-dense, cifar10-liresnet"
         ),
         (
             {"norm": ["l2", "linf"], "attacks": [["pgd"], ["pgd", "ddn"]]},
-            "attacks = ddn: not for norm linf, expected some of fgsm, pgd, autoattack, deepfool, fmn",
+            "attacks = ddn: not for norm linf, expected some of fgsm, pgd, autoattack, deepfool, fmn, rounding-search",
         ),
         (
             {"dataset": ["digits", "mnist"], "warmup_epochs": 10},

@@ -1,0 +1,153 @@
+"""Floating-point arithmetics that a network may run in, what is assumed of them, and the settings that make it so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Constants of an arithmetic, as the error bounds use them.
+
+    A stored result r of exact value e obeys |r - e| <= unit |e| + tiny. Sums inside one operation are accumulated with
+    `accumulation` in place of `unit`. `tiny` is the smallest normal number, so that subnormal numbers may be flushed to
+    zero, as inputs and as results; that of float16 is its smallest subnormal, since conversions from and to float16
+    keep subnormals whatever the processor's settings. `huge` is the largest finite number.
+    """
+
+    name: str
+    unit: float
+    accumulation: float
+    tiny: float
+    huge: float
+
+
+ARITHMETICS = {
+    arithmetic.name: arithmetic
+    for arithmetic in (
+        Arithmetic("real", 0.0, 0.0, 0.0, math.inf),
+        Arithmetic("float64", 2.0**-53, 2.0**-53, 2.0**-1022, torch.finfo(torch.float64).max),
+        Arithmetic("float32", 2.0**-24, 2.0**-24, 2.0**-126, torch.finfo(torch.float32).max),
+        # products of half-precision numbers are exact in float32; their sums may even be truncated, as by tensor cores
+        Arithmetic("float16", 2.0**-11, 2.0**-23, 2.0**-24, torch.finfo(torch.float16).max),
+        Arithmetic("bfloat16", 2.0**-8, 2.0**-23, 2.0**-126, torch.finfo(torch.bfloat16).max),
+    )
+}
+REAL, FLOAT64 = ARITHMETICS["real"], ARITHMETICS["float64"]
+
+DTYPES = {name: getattr(torch, name) for name in ARITHMETICS if name != "real"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """Something that a certificate takes for granted about the machine that runs the network."""
+
+    id: str
+    text: str
+
+
+_EXACT = Assumption("eval-mode", "the model runs in eval mode, and the samples of a batch do not influence each other")
+_ROUNDED = (
+    Assumption(
+        "round-to-nearest",
+        "+, -, *, / and the square root are rounded to nearest with the stated unit, with or without fused "
+        "multiply-add; divisions by a constant may multiply by its rounded reciprocal",
+    ),
+    Assumption(
+        "summation",
+        "sums of products are made of these operations in any order; no TF32, and no product or convolution of fewer "
+        "multiplications (Winograd, FFT, Strassen)",
+    ),
+    Assumption(
+        "elementary-functions",
+        "exp, log, tanh, erf, sin and cos, and the activations made of them, are as accurate as the rounding rules "
+        "state: within 4 to 8 units in the last place",
+    ),
+)
+_HALF = (
+    Assumption(
+        "accumulation",
+        "operations on half-precision tensors accumulate in float32 at least and round each result once or twice",
+    ),
+    Assumption("subnormals", "conversions from and to float16 keep subnormal numbers"),
+)
+
+
+def assumptions(arithmetic: Arithmetic) -> tuple[Assumption, ...]:
+    """What a certificate for a network run in `arithmetic` assumes."""
+    if arithmetic.unit == 0.0:
+        return (_EXACT,)
+    half = arithmetic.unit != arithmetic.accumulation
+    return (_EXACT, *_ROUNDED, *(_HALF if half else ()))
+
+
+def check_arithmetic(name: str | None) -> None:
+    """Raise ValueError where `name` is neither None, "model" nor the name of an arithmetic."""
+    if name not in (None, "model", *ARITHMETICS):
+        raise ValueError(f"arithmetic: expected one of model, {', '.join(ARITHMETICS)}; got {name!r}")
+
+
+def arithmetic_for(model: nn.Module, name: str | None = None) -> Arithmetic:
+    """The arithmetic of that name; for None or "model" that of the model's coarsest floating-point tensors.
+
+    A model without any takes float32.
+
+    Raises:
+        ValueError: an unknown name; tensors of both half types, which no one arithmetic describes.
+    """
+    check_arithmetic(name)
+    if name not in (None, "model"):
+        return ARITHMETICS[name]
+    tensors = [*model.parameters(), *model.buffers()]
+    names = {_NAMES.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors if tensor.is_floating_point()}
+    if names - set(DTYPES) or {"float16", "bfloat16"} <= names:
+        raise ValueError(f"the model: expected tensors of one of {', '.join(DTYPES)}, got {', '.join(sorted(names))}")
+    return max((ARITHMETICS[name] for name in names or {"float32"}), key=lambda arithmetic: arithmetic.unit)
+
+
+@contextmanager
+def exact_arithmetic(device: torch.device) -> Iterator[None]:
+    """No TF32, no autocast, no reduced-precision sums and no Winograd convolutions for a while; all is restored."""
+    cudnn = torch.backends.cudnn
+    precision, sums = torch.get_float32_matmul_precision(), _half_sums()
+    tf32, enabled = cudnn.allow_tf32, cudnn.enabled
+    full_precision()
+    cudnn.enabled = False  # its convolutions may be Winograd's, and so may NNPACK's
+    try:
+        with torch.backends.nnpack.flags(enabled=False), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.enabled = tf32, enabled
+        _set_half_sums(sums)
+
+
+def full_precision() -> None:
+    """For this process: nothing below float32 in float32 operations (TF32) or in the sums of half-precision ones."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    _set_half_sums(dict.fromkeys(_half_sums(), False))
+
+
+_HALF_SUMS = (
+    "allow_fp16_reduced_precision_reduction",
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_accumulation",  # torch 2.7 on
+)
+
+
+def _half_sums() -> dict[str, bool]:
+    products = torch.backends.cuda.matmul
+    return {name: getattr(products, name) for name in _HALF_SUMS if hasattr(products, name)}
+
+
+def _set_half_sums(values: dict[str, bool]) -> None:
+    for name, value in values.items():
+        setattr(torch.backends.cuda.matmul, name, value)

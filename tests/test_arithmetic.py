@@ -1,0 +1,95 @@
+import contextlib
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from speccert.certify.arithmetic import (
+    ARITHMETICS,
+    DTYPES,
+    arithmetic_for,
+    assumptions,
+    exact_arithmetic,
+    full_precision,
+)
+
+
+@pytest.mark.parametrize("name", list(DTYPES))
+def test_constants_are_those_of_the_type(name):
+    arithmetic, info = ARITHMETICS[name], torch.finfo(DTYPES[name])
+    assert arithmetic.unit == info.eps / 2
+    assert arithmetic.huge == info.max
+    assert arithmetic.tiny == (info.smallest_normal * info.eps if name == "float16" else info.smallest_normal)
+    assert arithmetic.accumulation == (2.0**-23 if name in ("float16", "bfloat16") else info.eps / 2)
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES.values()))
+def test_no_number_rounds_by_more_than_unit_and_tiny(dtype):
+    exponents = torch.linspace(-60, 15, 5000, dtype=torch.float64)
+    values = torch.exp2(exponents) * (1 + torch.rand(5000, generator=torch.Generator().manual_seed(0)).double())
+    name = next(key for key, value in DTYPES.items() if value == dtype)
+    arithmetic = ARITHMETICS[name]
+    errors = (values.to(dtype).double() - values).abs()
+    assert (errors <= arithmetic.unit * values + arithmetic.tiny).all()
+
+
+def test_a_model_has_the_arithmetic_of_its_coarsest_tensors():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert arithmetic_for(model).name == "float32"
+    assert arithmetic_for(model.double(), "model").name == "float64"
+    model[0].bfloat16()
+    assert arithmetic_for(model).name == "bfloat16"
+    assert arithmetic_for(model, "real").unit == 0.0
+    assert arithmetic_for(nn.Flatten()).name == "float32"
+
+
+def test_models_of_both_half_types_are_refused():
+    model = nn.Sequential(nn.Linear(2, 2).half(), nn.Linear(2, 2).bfloat16())
+    with pytest.raises(ValueError, match=r"expected tensors of one of .*, got bfloat16, float16"):
+        arithmetic_for(model)
+
+
+def test_assumptions_have_distinct_ids_and_half_types_have_more():
+    for arithmetic in ARITHMETICS.values():
+        found = assumptions(arithmetic)
+        assert len({one.id for one in found}) == len(found)
+    count = {name: len(assumptions(arithmetic)) for name, arithmetic in ARITHMETICS.items()}
+    assert count["real"] < count["float64"] == count["float32"] < count["float16"] == count["bfloat16"]
+
+
+def settings():
+    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return (
+        torch.get_float32_matmul_precision(),
+        *(cudnn.allow_tf32, cudnn.enabled, torch._C._get_nnpack_enabled()),
+        *(products.allow_fp16_reduced_precision_reduction, products.allow_bf16_reduced_precision_reduction),
+        torch.is_autocast_enabled("cpu"),
+    )
+
+
+def test_settings_hold_inside_and_are_restored():
+    before = settings()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    changed = settings()
+    try:
+        with torch.autocast("cpu"):
+            with contextlib.suppress(KeyError), exact_arithmetic(torch.device("cpu")):
+                assert settings() == ("highest", False, False, False, False, False, False)
+                raise KeyError
+            assert torch.is_autocast_enabled("cpu")
+        assert settings() == changed
+        full_precision()
+        assert settings()[:2] == ("highest", False)
+        assert settings()[4:6] == (False, False)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = before[4]
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before[5]
+    assert settings() == before
+
+
+def test_real_arithmetic_never_overflows():
+    assert ARITHMETICS["real"].huge == math.inf
