@@ -149,6 +149,9 @@ def main(context: click.Context) -> None:
 @click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="option of the Slurm jobs, e.g. partition=gpu; "
               "may be repeated; docs/cluster.md has all")  # fmt: skip
 @click.option("--no-wait", is_flag=True, help="submit the Slurm jobs and leave them to themselves")
+@click.option(
+    "--certificate", default=None, metavar="NAME.json", help="also write a certificate into each cell's folder"
+)
 @_settings
 @_machine
 def run(
@@ -164,6 +167,7 @@ def run(
     track: str | None,
     slurm: tuple[str, ...],
     no_wait: bool,
+    certificate: str | None,
     device: str | None,
     data_root: Path | None,
     **flags: str | None,
@@ -183,16 +187,21 @@ def run(
     grid = _spec(spec, flags)
     console = _console()
     options = _checked_execution(grid, executor, jobs, threads, gpus_per_cell, cells_per_gpu, slurm)
+    if certificate is not None:
+        from .experiments.certify_stage import check_name
+
+        check_name(certificate, wait=not no_wait)
     if dry_run:
         from .experiments.status import print_dry_run
 
         print_dry_run(grid, output, console)
         return
+    from .experiments.certify_stage import certifying
     from .experiments.console import LiveRun
     from .experiments.sweep import run as run_grid
     from .experiments.table_writers import print_table
 
-    with LiveRun(console) as watcher:
+    with certifying(grid, output, certificate, data_root=data_root, console=console), LiveRun(console) as watcher:
         table = run_grid(
             grid,
             output,
@@ -237,6 +246,11 @@ def train(output: Path, device: str | None, data_root: Path | None, **flags: str
 @click.option("--dataset", default=None, help=f"data of a module:function model: {HELP['dataset']}")
 @click.option("--norm", default="l2", show_default=True, help="l2, linf or l1")
 @click.option("--method", default="product", show_default=True, help=HELP["bound"])
+@click.option("--certificate", type=click.Path(dir_okay=False, path_type=Path), default=None, metavar="FILE",
+              help="also certify test samples, and write the certificate here")  # fmt: skip
+@click.option("--samples", type=int, default=None, help="how many test samples to certify, from the first on [all]")
+@click.option("--arithmetic", default=None, help="real, float64, float32, float16 or bfloat16, for the certificate "
+              "[that of the run, or of the model's own tensors]")  # fmt: skip
 @_machine
 def bound(
     model: str,
@@ -244,6 +258,9 @@ def bound(
     dataset: str | None,
     norm: str,
     method: str,
+    certificate: Path | None,
+    samples: int | None,
+    arithmetic: str | None,
     device: str | None,
     data_root: Path | None,
 ) -> None:
@@ -251,12 +268,56 @@ def bound(
 
     \b
     certify bound runs/3f2a9c0d1e4b
+    certify bound runs/3f2a9c0d1e4b --certificate net.json --samples 100
     certify bound mynet:build --checkpoint weights.safetensors --dataset mnist --norm linf
     """
+    if certificate is None and (samples is not None or arithmetic is not None):
+        raise ConfigError("--samples and --arithmetic are for a certificate; give --certificate FILE")
+    from .experiments.certify_stage import certify_one, check_request
     from .experiments.stages import bound_one, open_model
 
     opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device or "cpu")
-    bound_one(opened, norm=norm, method=method, console=_console())
+    if certificate is not None:
+        check_request(opened, certificate, arithmetic, samples)
+    console = _console()
+    bound_one(opened, norm=norm, method=method, console=console)
+    if certificate is not None:
+        certify_one(
+            opened, certificate, norm=norm, method=method, arithmetic=arithmetic, samples=samples, console=console
+        )
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--model", required=True, help="a run folder, or module:function")
+@click.option("--checkpoint", type=click.Path(path_type=Path), default=None, help="weights of a module:function model")
+@click.option(
+    "--dataset", "--data", default=None, help=f"data of a module:function model, whose test part was certified: "
+    f"{HELP['dataset']}"
+)  # fmt: skip
+@_machine
+def verify(
+    file: Path,
+    model: str,
+    checkpoint: Path | None,
+    dataset: str | None,
+    device: str | None,
+    data_root: Path | None,
+) -> None:
+    """Prove a certificate again, in exact and in interval arithmetic, with code that shares none with its making.
+
+    Prints "valid" or "invalid" and the first claim that fails; the exit code is then 1.
+
+    \b
+    certify verify net.json --model runs/3f2a9c0d1e4b
+    certify verify net.json --model mynet:build --checkpoint weights.safetensors --data mnist
+    """
+    from .experiments.certify_stage import verify_one
+    from .experiments.stages import open_model
+
+    opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device or "cpu")
+    if not verify_one(file, opened, console=_console()).valid:
+        sys.exit(1)
 
 
 @main.command()
@@ -430,6 +491,54 @@ def plot(folder: Path, output: Path | None) -> None:
         click.echo(path)
 
 
+@main.command("audit-model")
+@click.argument("model")
+@click.option("--checkpoint", type=click.Path(path_type=Path), default=None, help="weights of a module:function model")
+@click.option("--dataset", default=None, help=f"data of a module:function model: {HELP['dataset']}")
+@click.option("--input-shape", default=None, metavar="SIZES", help="shape of an input, for no data set: 1,28,28")
+@click.option("--classes", type=click.IntRange(min=2), default=10, show_default=True, help="with --input-shape")
+@click.option("--norm", default="l2", show_default=True, help="l2, linf or l1")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), default=None,
+              help="write all of it to this file too")  # fmt: skip
+@_machine
+def audit_model(
+    model: str,
+    checkpoint: Path | None,
+    dataset: str | None,
+    input_shape: str | None,
+    classes: int,
+    norm: str,
+    json_path: Path | None,
+    device: str | None,
+    data_root: Path | None,
+) -> None:
+    """Say of MODEL (a run folder, or module:function) how each layer is bounded, and what mistaken tools would claim.
+
+    Where it can't be certified all reasons are listed at once, with what to do about each; the exit code is then 1.
+
+    \b
+    certify audit-model runs/3f2a9c0d1e4b
+    certify audit-model mynet:build --checkpoint weights.safetensors --input-shape 3,32,32 --json audit.json
+    """
+    from .experiments.audit_command import audit_one
+
+    audit = audit_one(
+        model,
+        console=_console(),
+        checkpoint=checkpoint,
+        dataset=dataset,
+        input_shape=input_shape,
+        classes=classes,
+        norm=norm,
+        device=device or "cpu",
+        data_root=data_root,
+        json_path=json_path,
+    )
+    if audit.problems:
+        count = "1 problem" if len(audit.problems) == 1 else f"{len(audit.problems)} problems"
+        raise click.ClickException(f"{model} can't be certified: {count}, listed above")
+
+
 @main.command()
 def doctor() -> None:
     """Say what this machine can do, and which float assumptions of the certificates hold on it.
@@ -437,12 +546,11 @@ def doctor() -> None:
     \b
     certify doctor
     """
-    from .experiments.precision import check_machine, exact_float32
+    from .experiments.precision import check_machine, exact_float32, report
 
     exact_float32()  # as `certify run` does
     checks = check_machine()
-    marks = {None: "    ", True: "ok  ", False: "FAIL"}
-    for check in checks:
-        click.echo(f"{marks[check.holds]} {check.name}: {check.found}")
+    for line in report(checks):
+        click.echo(line)
     if any(check.holds is False for check in checks):
         raise click.ClickException("an assumption of the certificates does not hold on this machine")

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -12,13 +13,26 @@ import torch
 from torch import nn
 
 from speccert import cli
-from speccert.certify import rules
+from speccert.certify import load_certificate, rules
 from speccert.certify.linear import Dense
 from speccert.experiments import sweep
 from speccert.experiments.checkpoints import save_checkpoint
 from speccert.experiments.config import CellConfig, config_id
 
-COMMANDS = ("run", "train", "bound", "attack", "status", "cancel", "logs", "table", "report", "plot", "doctor")
+COMMANDS = (
+    "run",
+    "train",
+    "bound",
+    "attack",
+    "verify",
+    "status",
+    "cancel",
+    "logs",
+    "table",
+    "report",
+    "plot",
+    "doctor",
+)
 TINY = {
     "width": "16",
     "epochs": "2",
@@ -215,6 +229,85 @@ def test_a_users_model_in_the_current_folder_is_bounded_and_attacked(certify, tm
     assert "accuracy on 10 attacked samples" in out
 
 
+def test_a_certificate_of_a_run_folder_is_written_and_verified(folder, finished, certify, tmp_path):
+    code, out, err = certify("bound", folder, "--certificate", "net.json", "--samples", "4")
+    assert (code, err) == (0, [])
+    assert "at most" in out
+    assert out.splitlines()[-1].startswith("net.json: 4 samples, ")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.json"]
+    code, out, err = certify("verify", "net.json", "--model", folder)
+    assert (code, err) == (0, [])
+    assert out.startswith("valid: ")
+    (other,) = (path.parent for path in finished.glob("*/summary.json") if path.parent != folder)
+    code, out, err = certify("verify", "net.json", "--model", other)
+    assert (code, err) == (1, [])
+    assert out.startswith("invalid: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--samples", "0"), "samples: expected 1 to 60, as many as there are test samples; got 0"),
+        (("--samples", "61"), "samples: expected 1 to 60"),
+        (("--arithmetic", "float8"), "arithmetic: expected one of"),
+        (("--certificate", "file"), "file: is there already and is no certificate; nothing was written"),
+    ],
+)
+def test_a_certificate_that_cannot_be_made_is_refused_before_anything_is_computed(
+    options, message, folder, certify, tmp_path
+):
+    (tmp_path / "file").write_text("mine")
+    code, out, err = certify("bound", folder, "--certificate", "net.json", *options)
+    assert (code != 0, out, len(err)) == (True, "", 1)
+    assert message in err[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_larger_radius_is_found_out(folder, certify, tmp_path):
+    assert certify("bound", folder, "--certificate", "net.json", "--samples", "9")[0] == 0
+    made = load_certificate("net.json")
+    best = max(made.samples, key=lambda row: row.radius)
+    larger = dataclasses.replace(best, radius=best.radius + 1e-4)
+    dataclasses.replace(made, samples=tuple(larger if row is best else row for row in made.samples)).save("net.json")
+    code, out, err = certify("verify", "net.json", "--model", folder)
+    assert (code, err) == (1, [])
+    assert out.startswith("invalid: ")
+    assert "radius" in out
+    assert str(best.index) in out
+
+
+def test_a_users_model_is_certified_and_verified_by_its_checkpoint_and_data(certify, tmp_path):
+    name = f"certified_{os.getpid()}"
+    (tmp_path / f"{name}.py").write_text(MODEL)
+    weights = {"1.weight": torch.eye(10, 64) / 2, "1.bias": torch.zeros(10)}
+    save_checkpoint(tmp_path / "weights.safetensors", weights)
+    given = ["--checkpoint", "weights.safetensors", "--data", "digits"]
+    options = ["--samples", "2", "--norm", "linf", "--arithmetic", "bfloat16", "--certificate", "net.json"]
+    code, _, err = certify("bound", f"{name}:build", "--checkpoint", given[1], "--dataset", "digits", *options)
+    assert (code, err) == (0, [])
+    made = load_certificate("net.json")
+    assert (made.norm, made.arithmetic.name, len(made.samples)) == ("linf", "bfloat16", 2)
+    assert certify("verify", "net.json", "--model", f"{name}:build", *given)[0] == 0
+    save_checkpoint(tmp_path / "weights.safetensors", {**weights, "1.bias": torch.full((10,), 1e-30)})
+    code, out, _ = certify("verify", "net.json", "--model", f"{name}:build", *given)
+    assert code == 1
+    assert out.startswith("invalid: ")
+
+
+def test_run_puts_a_certificate_into_each_cell(finished, certify, tmp_path):
+    copy = tmp_path / "runs"
+    shutil.copytree(finished, copy)
+    command = ("run", "-o", copy, "--executor", "inline", "--certificate", "net.json", *flags())
+    code, out, err = certify(*command)
+    assert (code, err) == (0, [])
+    cells = sorted(path.parent.name for path in copy.glob("*/summary.json"))
+    lines = [line for line in out.splitlines() if ": net.json" in line]
+    assert sorted(line.split(":")[0] for line in lines) == cells
+    assert all(len(load_certificate(copy / cell / "net.json").samples) == 60 for cell in cells)
+    assert out.splitlines()[-1].startswith("tables: ")
+    assert certify(*command)[1].count("net.json is kept: 60 samples") == 2
+
+
 def test_train_then_bound(certify, tmp_path):
     code, out, err = certify("train", "-o", "runs", *flags(thresholds=None, threshold="0.5"))
     assert (code, err) == (0, [])
@@ -310,6 +403,13 @@ BAD_SPECS = {
         (("bound", "bad_syntax:f", "--dataset", "digits"), 1, "bad_syntax:f: invalid syntax"),
         (("run", "--model", "bad_import:f"), 1, "bad_import:f: No module named 'not_there_at_all'"),
         (("bound",), 2, "Missing argument 'MODEL'"),
+        (("bound", ".", "--samples", "3"), 2, "--samples and --arithmetic are for a certificate; give --certificate"),
+        (("run", "--certificate", "net.txt"), 2, "certificate: expected a file name without a folder that ends in"),
+        (("run", "--certificate", "a/net.json"), 2, "certificate: expected a file name without a folder that ends in"),
+        (("run", "--certificate", "net.json", "--no-wait"), 2, "certificate: made when the cells are finished"),
+        (("verify", "net.json"), 2, "Missing option '--model'"),
+        (("verify", "net.json", "--model", "nothing"), 2, "model: expected a run folder or module:function"),
+        (("verify", "net.json", "--model", "json:dumps"), 2, "dataset: expected one for the model json:dumps"),
         (("attack", "json:dumps"), 2, "dataset: expected one for the model json:dumps; give --dataset"),
         (("attack", ".", "--eps", "near"), 2, "eps = 'near': expected numbers"),
         (("table", "none"), 2, "Directory 'none' does not exist"),

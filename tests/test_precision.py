@@ -1,57 +1,76 @@
 import pytest
 import torch
 
+from speccert.certify.arithmetic import ARITHMETICS, assumptions
 from speccert.experiments import precision
-from speccert.experiments.precision import check_machine, exact_float32
+from speccert.experiments.precision import Check, check_machine, exact_float32, report
 
 
 @pytest.fixture(autouse=True)
 def restored_settings():
-    cudnn = torch.backends.cudnn
+    cudnn, sums = torch.backends.cudnn, torch.backends.cuda.matmul
     before = (torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic)
+    halves = sums.allow_fp16_reduced_precision_reduction, sums.allow_bf16_reduced_precision_reduction
     yield
     torch.set_float32_matmul_precision(before[0])
     cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = before[1:]
+    sums.allow_fp16_reduced_precision_reduction, sums.allow_bf16_reduced_precision_reduction = halves
 
 
-def found(name):
-    (check,) = (check for check in check_machine() if name in check.name)
+@pytest.fixture(scope="module")
+def checks():
+    exact_float32()
+    return check_machine()
+
+
+def found(name, checks):
+    (check,) = (check for check in checks if name in check.name)
     return check
 
 
-def test_the_assumptions_hold_after_setting_them():
-    exact_float32()
-    checks = check_machine()
-    assert all(check.holds is not False for check in checks)
-    assert sum(check.holds is True for check in checks) >= 5
-    assert found("torch").found == torch.__version__
+def test_the_assumptions_hold_after_setting_them(checks):
+    assert [check.name for check in checks if check.holds is False] == []
+    assert sum(check.holds is True for check in checks) >= 15
+    assert found("torch", checks).found == torch.__version__
+    assert str(torch.get_num_threads()) in found("processor", checks).found
+
+
+def test_every_assumption_is_named_once_and_every_check_belongs_to_one(checks):
+    lines = report(checks)
+    ids = {item.id for arithmetic in ARITHMETICS.values() for item in assumptions(arithmetic)}
+    for name in (*ids, "proofs"):
+        assert sum(line.startswith(f"{name}: ") for line in lines) == 1
+    assert {check.assumption for check in checks} <= {*ids, "proofs", ""}
+    assert {check.assumption for check in checks if check.holds is not None} == {*ids, "proofs"} - {"eval-mode"}
+    assert max(map(len, lines)) <= 100
+    text = " ".join(" ".join(lines).split())
+    for check in checks:
+        assert f"{check.name}: {check.found}" in text
+
+
+def test_marks():
+    lines = report([Check("a", "one"), Check("b", "two", True, "summation"), Check("c", "three", False, "summation")])
+    assert lines[0] == "     a: one"
+    assert "ok   b: two" in lines
+    assert "FAIL c: three" in lines
 
 
 def test_tf32_is_turned_off_and_told_when_it_is_on():
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
-    assert found("TF32").holds is False
+    assert found("TF32", precision._assumptions()).holds is False
     exact_float32()
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.allow_tf32
-    assert found("TF32").holds is True
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
 
 
-def test_flushed_subnormals_are_told():
+def test_flushed_subnormals_are_told_and_harm_nothing():
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormal numbers")
     try:
-        assert found("subnormal").holds is False
+        flushed = found("subnormal results (cpu)", precision._assumptions())
     finally:
         torch.set_flush_denormal(False)
-
-
-def test_products_of_lower_precision_are_told(monkeypatch):
-    """bfloat16 inputs, as a fast mode might take them, err far beyond the float32 bound."""
-    honest = torch.Tensor.to
-
-    def coarse(tensor, target, *rest):
-        return honest(tensor, torch.bfloat16).to(torch.float32) if target == "cpu" else honest(tensor, target, *rest)
-
-    monkeypatch.setattr(precision.torch.Tensor, "to", coarse)
-    assert precision._product_check(torch.float32, "cpu").holds is False
+    assert "float32 flushed to zero" in flushed.found
+    assert flushed.holds is None
