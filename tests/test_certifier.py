@@ -356,6 +356,6 @@ def test_a_bound_of_other_weights_is_refused(change):
     if change == "weights":
         model[1].weight.data.mul_(100)  # not seen by version counters
     else:
-        model[2] = nn.Identity()
+        model[2] = nn.Identity().eval()
     with pytest.raises(ValueError, match="expected one computed for this very model"):
         Certifier(model, SHAPE, bound=bound)
