@@ -13,9 +13,10 @@ from .deepfool import DeepFool
 from .fmn import FMN
 from .gradient import FGSM, PGD
 from .results import AttackResult
+from .rounding_search import RoundingSearch
 
 _ATTACKS: dict[str, type[Attack]] = {
-    kind.name: kind for kind in (FGSM, PGD, AutoAttack, DeepFool, CarliniWagner, DDN, FMN)
+    kind.name: kind for kind in (FGSM, PGD, AutoAttack, DeepFool, CarliniWagner, DDN, FMN, RoundingSearch)
 }
 
 

@@ -23,7 +23,7 @@ GELU = 16
 LOG_2 = 0.6931471805599454  # rounded up
 _JUMP = 2.07e-9  # exceeds log(1 + exp(-20)), torch's softplus jumps by it at the threshold
 _COEFFICIENT = 12  # roundings of (x - mean) * (weight / sqrt(var + eps)) + bias in any of the usual forms
-_SMALLEST_VARIANCE = 2.0**-100
+_SMALLEST_VARIANCE = 2.0**-40  # products in any order of the factors then stay far from underflow
 
 
 def _pairs(value: Any, dims: int) -> tuple[int, ...]:

@@ -8,11 +8,12 @@ from oracles import Wired, exact_copy, jacobian, matrix_norm, operator_norm, ran
 from torch import nn
 from torch.nn.utils import parametrize
 
+from speccert.attacks import attack
 from speccert.certify import certified_radii, estimate_norm, lipschitz, norm_bounds, register_rule
 from speccert.certify.convolution import torus_bound
 from speccert.certify.linear import Dense, float64
 from speccert.certify.rules import linear_map_of
-from speccert.models import Normalize, Residual
+from speccert.models import BASELINES, CONSTRAINTS, Normalize, Residual, constrain
 
 
 def test_power_iteration_is_no_bound():
@@ -285,3 +286,164 @@ def test_tiny_last_rows_do_not_underflow_in_the_pairs():
         model[2].weight.copy_(torch.tensor([[1e-170, 0, 0], [-1e-170, 0, 0]], dtype=torch.float64))
     first = float(torch.linalg.matrix_norm(model[0].weight.detach(), 2))
     assert float(lipschitz(model, (3,)).pairwise[0, 1]) >= 2e-170 * first
+
+
+# Rows of the list of mistakes that came with certificates for the executed network, and misuse from public reports
+
+
+def batched(*shape, seed=0):
+    return random(*shape, seed=seed).float()
+
+
+@pytest.mark.parametrize("method", ["lipsdp", "lipsdp-network", "eclipse", "sdp"])
+def test_no_bound_of_a_solver_is_taken_on_trust(method):
+    with pytest.raises(ValueError, match="method"):
+        lipschitz(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), (3,), method)
+
+
+@pytest.mark.parametrize("threshold", [0.1, 1.0, 3.0])
+@pytest.mark.parametrize("constraint", [name for name in CONSTRAINTS if name not in ("penalty", *BASELINES)])
+def test_a_threshold_holds_for_every_layer_and_gives_finite_outputs(constraint, threshold):
+    model = randomised(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), scale=2.0)
+    constrain(model, threshold, constraint, input_shape=(6,)).eval()
+    assert bool(model(batched(5, 6)).isfinite().all())
+    for layer in (model[0], model[2]):
+        assert norm_bounds(layer, (6,)).upper <= threshold * (1 + 1e-4)
+        assert matrix_norm(layer.weight.double()) <= norm_bounds(layer, (6,)).upper
+
+
+def test_a_bound_of_other_weights_is_refused():
+    model = randomised(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)))
+    bound = lipschitz(model, (4,))
+    model[0].weight.data.mul_(100)
+    with pytest.raises(ValueError, match="bound"):
+        certified_radii(model, batched(3, 4), bound=bound)
+
+
+def test_autocast_in_the_models_own_forward_is_refused():
+    """A trace does not see it; in a branch of small values, a tolerance of the replay does not either."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.small = randomised(nn.Linear(16, 2)), randomised(nn.Linear(16, 2), 1, 0.01)
+
+        def forward(self, x):
+            wide = self.wide(x)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return wide + self.small(x)
+
+    with pytest.raises(ValueError, match="the model"):
+        certified_radii(Mixed().eval(), batched(3, 16))
+
+
+def test_a_forward_that_gives_other_outputs_every_time_is_refused():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = randomised(nn.Linear(4, 2))
+
+        def forward(self, x):
+            return self.linear(x) + 1e-5 * torch.randn(2)
+
+    with pytest.raises(ValueError, match="the model"):
+        certified_radii(Noisy().eval(), batched(3, 4))
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.nan])
+def test_a_class_masked_by_infinity_is_refused(value):
+    model = randomised(nn.Sequential(nn.Linear(4, 3)))
+    model[0].bias.data[2] = value
+    with pytest.raises(ValueError, match="finite"):
+        certified_radii(model, batched(2, 4))
+
+
+def test_a_class_masked_by_a_large_number_does_not_limit_the_radius():
+    model = randomised(nn.Sequential(nn.Linear(4, 3)))
+    x = batched(20, 4)
+    plain = certified_radii(nn.Sequential(two_rows(model[0])).eval(), x)
+    model[0].bias.data[2] = -1e4
+    masked = certified_radii(model, x)
+    assert bool((masked <= plain).all())
+    assert float((masked / plain).median()) > 0.9
+
+
+def two_rows(layer):
+    head = nn.Linear(layer.in_features, 2).eval()
+    head.weight.data, head.bias.data = layer.weight.data[:2].clone(), layer.bias.data[:2].clone()
+    return head
+
+
+def test_a_normalisation_outside_the_model_gives_radii_in_other_units():
+    """Where the data are normalised before the model, a radius counts standard deviations: put it into the model."""
+    head, x, std = randomised(nn.Linear(12, 3)), batched(9, 12), 0.25
+    inside = nn.Sequential(Normalize([0.0], [std]), nn.Flatten(), head).eval()
+    outside = nn.Sequential(head).eval()
+    raw = certified_radii(inside, x.reshape(9, 1, 12))
+    normalised = certified_radii(outside, x / std)
+    torch.testing.assert_close(raw, normalised * std, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-30, 1e-20, 1e18, 1e30])
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_squares_of_tiny_and_huge_weights_neither_vanish_nor_overflow(scale, norm):
+    layer = randomised(nn.Linear(6, 5))
+    layer.weight.data.mul_(scale)
+    true = matrix_norm(layer.weight.double() / scale, norm) * scale
+    assert true * (1 - 1e-12) <= norm_bounds(layer, (6,), norm).upper <= true * (1 + 1e-8)
+
+
+def test_batch_norm_without_variance_and_eps_is_refused():
+    layer = nn.BatchNorm1d(3, eps=0.0).eval()
+    layer.running_var.zero_()
+    with pytest.raises(ValueError, match="finite"):
+        lipschitz(nn.Sequential(layer, nn.Linear(3, 2)).eval(), (3,))
+
+
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.LogSoftmax(1), nn.Softmin(1)], ids=str)
+def test_probabilities_in_place_of_logits_are_refused(last):
+    with pytest.raises(ValueError, match="no Lipschitz rule"):
+        certified_radii(nn.Sequential(nn.Linear(3, 3), last).eval(), batched(2, 3))
+
+
+def test_one_image_without_a_batch_axis_is_refused():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+    with pytest.raises(ValueError, match="expected"):
+        certified_radii(model, batched(2, 2)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_pixels_as_integers_are_refused(dtype):
+    with pytest.raises(ValueError, match="floating-point"):
+        certified_radii(nn.Sequential(nn.Linear(4, 3)).eval(), torch.ones(2, 4, dtype=dtype))
+
+
+def test_logits_that_tie_when_executed_have_no_radius():
+    """The real margin is positive, but the executed logits are equal: float32 has no number between them."""
+    model = nn.Sequential(nn.Linear(1, 2)).eval()
+    model[0].weight.data = torch.tensor([[1.0], [0.0]])
+    model[0].bias.data = torch.tensor([2.0**24, 2.0**24])
+    x = torch.tensor([[0.25]])
+    assert bool((model(x)[:, 0] == model(x)[:, 1]).all())
+    assert float(certified_radii(model, x, torch.tensor([0]))) == 0.0
+    assert float(certified_radii(model, x, torch.tensor([0]), arithmetic="real")) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("name", ["pgd", "fgsm", "autoattack", "rounding-search"])
+def test_attacks_do_not_overshoot_their_ball(name):
+    model = randomised(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)))
+    x = 0.3 + 0.4 * torch.rand(20, 12, generator=torch.Generator().manual_seed(0))
+    options = {"autoattack": {"steps": 3, "queries": 5}}.get(name, {})
+    found = attack(model, x, model(x).argmax(1), name, eps=0.05, **options)
+    assert bool(((found.x_adv.double() - x.double()).norm(dim=1) <= 0.05).all())
+    assert 0.0 <= found.accuracy <= 1.0
+
+
+def test_a_shift_of_the_logits_does_not_hide_adversarial_points():
+    model = randomised(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)))
+    shifted = Wired(lambda m, x: m.inner(x) - 100.0, inner=model).eval()
+    x = 0.3 + 0.4 * torch.rand(20, 12, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(1)
+    distances = [attack(m, x, y, "cw", steps=30, searches=3).distance for m in (model, shifted)]
+    assert bool(distances[0].isfinite().any())
+    torch.testing.assert_close(*distances, rtol=1e-2, atol=1e-3)
