@@ -152,13 +152,12 @@ def attack_one(opened: Opened, settings: Mapping[str, Any], *, console: Console)
     results = found.results
     console.out(f"{opened.name}: accuracy on {results['attacked_count']} attacked samples, %", highlight=False)
     table = Table()
-    table.add_column(f"{config.norm} eps", justify="right")
-    for column in ("certified", "worst case", *config.attacks):
-        table.add_column(column, justify="right")
+    table.add_column(f"{config.norm} eps", no_wrap=True)
     for eps in config.eps:
-        keys = (f"certified_accuracy_attacked_eps_{eps:g}", f"worst_case_accuracy_eps_{eps:g}")
-        values = [results[key] for key in (*keys, *(f"accuracy_{name}_eps_{eps:g}" for name in config.attacks))]
-        table.add_row(f"{eps:g}", *(f"{100 * value:.1f}" for value in values))
+        table.add_column(f"{eps:g}", justify="right")
+    rows = {"certified": "certified_accuracy_attacked", "worst case": "worst_case_accuracy"}
+    for title, key in {**rows, **{name: f"accuracy_{name}" for name in config.attacks}}.items():
+        table.add_row(title, *(f"{100 * results[f'{key}_eps_{eps:g}']:.1f}" for eps in config.eps))
     console.print(table)
     distance, radius = results["mean_distance"], results["mean_certified_radius_attacked"]
     if distance is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from fractions import Fraction
 
@@ -88,12 +89,13 @@ def root(value):
 
 
 @torch.no_grad()
-def entries(module, shape):
-    """The rational matrix of an affine module of which every output is a sum of few products, by unit vectors.
+def entries(layer, shape):
+    """The rational matrix of an affine layer, by unit vectors and without its bias, which would round the entries.
 
     Exact where each matrix entry is one weight, or a sum that float64 holds exactly.
     """
     size = math.prod(shape)
-    exact = module.double()
-    basis = torch.eye(size, dtype=torch.float64).reshape(size, *shape)
-    return rational((exact(basis) - exact(torch.zeros(1, *shape, dtype=torch.float64))).flatten(1).T)
+    exact = copy.deepcopy(layer).double()
+    if getattr(exact, "bias", None) is not None:
+        exact.bias.zero_()
+    return rational(exact(torch.eye(size, dtype=torch.float64).reshape(size, *shape)).flatten(1).T)

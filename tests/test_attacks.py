@@ -204,7 +204,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"eps": None}, "eps must be given for the attack 'pgd'"),
     ({"norm": "l3"}, "norm must be one of l2, linf, got 'l3'"),
     ({"name": "ddn", "norm": "linf"}, "norm must be one of l2, got 'linf'"),
-    ({"name": "bim"}, "attack must be one of fgsm, pgd, autoattack, deepfool, cw, ddn, fmn, got 'bim'"),
+    ({"name": "bim"}, "attack must be one of fgsm, pgd, autoattack, deepfool, cw, ddn, fmn, rounding-search, got 'bim'"),
     ({"step": 3}, "options of 'pgd' are refine, steps, restarts, alpha, random_start, got step"),
     ({"steps": 0}, "steps must be an integer >= 1, got 0"),
     ({"alpha": -1.0}, r"alpha must be a number in \(0, inf\), got -1.0"),
@@ -226,9 +226,9 @@ def test_bad_calls_raise_one_line(change: dict[str, Any], message: str) -> None:
 
 
 def test_names_and_kinds() -> None:
-    assert available_attacks("l2") == ("fgsm", "pgd", "autoattack", "deepfool", "cw", "ddn", "fmn")
+    assert available_attacks("l2") == ("fgsm", "pgd", "autoattack", "deepfool", "cw", "ddn", "fmn", "rounding-search")
     assert available_attacks("linf", minimum_norm=False) == ("fgsm", "pgd", "autoattack")
-    assert available_attacks("l1", minimum_norm=True) == ("deepfool", "fmn")
+    assert available_attacks("l1", minimum_norm=True) == ("deepfool", "fmn", "rounding-search")
     assert is_minimum_norm("fmn")
     assert not is_minimum_norm("pgd")
     with pytest.raises(ValueError, match="norm must be one of l2, linf, l1, got 'l0'"):

@@ -91,12 +91,12 @@ def test_other_attacks_and_eps_on_a_run_folder(finished):
     assert found.results["attacked_count"] == 7
     assert found.results["certified_accuracy_attacked_eps_0.2"] <= found.results["worst_case_accuracy_eps_0.2"]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text(shown).splitlines()]
-    (cells,) = (row for row in rows if row[0] == "0.2")
-    keys = ("certified_accuracy_attacked", "worst_case_accuracy", "accuracy_fgsm", "accuracy_pgd")
-    assert cells == ["0.2", *(f"{100 * found.results[f'{key}_eps_0.2']:.1f}" for key in keys)]
+    keys = {"certified": "certified_accuracy_attacked", "worst case": "worst_case_accuracy", "fgsm": "accuracy_fgsm"}
+    for title, key in {**keys, "pgd": "accuracy_pgd"}.items():
+        assert [title, f"{100 * found.results[f'{key}_eps_0.2']:.1f}"] in rows
 
 
-@pytest.mark.parametrize(("norm", "attacks"), [("linf", ("fgsm",)), ("l1", available_attacks("l1"))])
+@pytest.mark.parametrize(("norm", "attacks"), [("linf", ("fgsm",)), ("l1", ("deepfool", "fmn"))])
 def test_without_attacks_named_those_that_know_the_norm_run(norm, attacks, finished):
     found = attack_one(open_model(str(finished[0].path)), {"norm": norm, "attack_samples": 4}, console=console())
     used = {key.split("_")[1] for key in found.samples if key.startswith("robust_")}
