@@ -57,8 +57,8 @@ _EXACT = Assumption("eval-mode", "the model runs in eval mode, and the samples o
 _ROUNDED = (
     Assumption(
         "round-to-nearest",
-        "+, -, * and / are rounded to nearest with the stated unit, with or without fused multiply-add; the square root "
-        "errs by at most 2 units; divisions by a constant may multiply by its rounded reciprocal",
+        "+, -, * and / are rounded to nearest with the stated unit, with or without fused multiply-add; the square "
+        "root errs by at most 2 units; divisions by a constant may multiply by its rounded reciprocal",
     ),
     Assumption(
         "summation",

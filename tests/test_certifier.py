@@ -317,7 +317,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"expected inputs of \(2, 4, 4\), got \(1, 4, 4\)"):
         certifier.margins(torch.zeros(1, 1, 4, 4))
     other = lipschitz(dense(32, 8, 3).eval(), SHAPE)
-    with pytest.raises(ValueError, match="bound: expected one computed for this model"):
+    with pytest.raises(ValueError, match="bound: expected one computed for this very model"):
         Certifier(nn.Sequential(nn.Flatten(), nn.Tanh(), nn.Linear(32, 3)).eval(), SHAPE, bound=other)
 
 

@@ -13,7 +13,7 @@ import speccert.certify
 from speccert.certify import Rounding, certify, register_rule
 from speccert.certify.certificate_file import load_certificate
 from speccert.certify.checker import verify
-from speccert.certify.checker_network import read, traced
+from speccert.certify.checker.network import read, traced
 from speccert.models import GroupSort, Householder, MaxMin, Normalize, Residual
 
 BOUND_MAKERS = {
@@ -24,10 +24,13 @@ BOUND_MAKERS = {
 
 
 def _imports(path):
+    """The files of the package that one of its files imports."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
-            yield from [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            folder = path.parents[node.level - 1]
+            names = [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            yield from (folder / f"{name}.py" for name in names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.module.startswith("speccert")
         elif isinstance(node, ast.Import):
@@ -36,13 +39,15 @@ def _imports(path):
 
 def test_the_checker_imports_nothing_that_makes_bounds():
     folder = Path(speccert.certify.__file__).parent
-    seen, left = set(), {path.stem for path in folder.glob("checker*.py")}
+    seen, left = set(), set((folder / "checker").glob("*.py"))
     while left:
-        name = left.pop()
-        seen.add(name)
-        left |= set(_imports(folder / f"{name}.py")) - seen
-    assert not seen & BOUND_MAKERS
-    assert {"graph", "digests", "certificate_file"} <= seen
+        path = left.pop()
+        seen.add(path)
+        left |= set(_imports(path)) - seen
+    names = {path.stem for path in seen if path.parent == folder}
+    assert not names & BOUND_MAKERS
+    assert {"graph", "digests", "certificate_file"} <= names
+    assert all(path.parent in (folder, folder / "checker") for path in seen)
 
 
 @pytest.fixture

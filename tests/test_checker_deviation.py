@@ -9,11 +9,11 @@ from flint import arb, ctx
 from torch import nn
 
 from speccert.certify import certify
-from speccert.certify.checker_bounds import row_differences
-from speccert.certify.checker_deviation import Deviation
-from speccert.certify.checker_network import plain_copy, read, traced
-from speccert.certify.checker_rounds import FORMATS
-from speccert.certify.checker_samples import Radii, forward
+from speccert.certify.checker.bounds import row_differences
+from speccert.certify.checker.deviation import Deviation
+from speccert.certify.checker.network import plain_copy, read, traced
+from speccert.certify.checker.rounds import FORMATS
+from speccert.certify.checker.samples import Radii, forward
 from speccert.models import GroupSort, Householder, Normalize
 
 

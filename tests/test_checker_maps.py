@@ -6,12 +6,12 @@ import torch
 from flint import arb, ctx
 from torch import nn
 
-from speccert.certify.checker_balls import approximate, balls, euclidean, fixed, from_balls, plus, product, times
-from speccert.certify.checker_convolution import Convolution, Transposed
-from speccert.certify.checker_maps import ones
-from speccert.certify.checker_matrices import absolute_norm, greatest_sum, inverse_norm, materialised, rows_of
-from speccert.certify.checker_network import read, traced
-from speccert.certify.checker_samples import forward
+from speccert.certify.checker.balls import approximate, balls, euclidean, fixed, from_balls, plus, product, times
+from speccert.certify.checker.convolution import Convolution, Transposed
+from speccert.certify.checker.maps import ones
+from speccert.certify.checker.matrices import absolute_norm, greatest_sum, inverse_norm, materialised, rows_of
+from speccert.certify.checker.network import read, traced
+from speccert.certify.checker.samples import forward
 from speccert.models import GroupSort, Householder, MaxMin, Normalize
 
 

@@ -6,13 +6,13 @@ import torch
 from flint import arb, ctx
 from torch import nn
 
-from speccert.certify.checker_balls import fixed
-from speccert.certify.checker_folding import folded
-from speccert.certify.checker_matrices import Refused
-from speccert.certify.checker_network import read, traced
-from speccert.certify.checker_norms import absolute_sum, block, proves_below
-from speccert.certify.checker_runs import prove
-from speccert.certify.checker_torus import default_torus, least_side, padding_repeats, torus_below, torus_problem
+from speccert.certify.checker.balls import fixed
+from speccert.certify.checker.folding import folded
+from speccert.certify.checker.matrices import Refused
+from speccert.certify.checker.network import read, traced
+from speccert.certify.checker.norms import absolute_sum, block, proves_below
+from speccert.certify.checker.runs import prove
+from speccert.certify.checker.torus import default_torus, least_side, padding_repeats, torus_below, torus_problem
 from speccert.certify.claims import PieceClaim
 
 

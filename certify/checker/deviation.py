@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 
 from flint import arb
 
-from .checker_balls import euclidean
-from .checker_maps import Gather
-from .checker_matrices import absolute_norm, greatest_sum, inverse_norm
-from .checker_network import Network, Node
-from .checker_rounds import Format
+from .balls import euclidean
+from .maps import Gather
+from .matrices import absolute_norm, greatest_sum, inverse_norm
+from .network import Network, Node
+from .rounds import Format
 
 _SHARE = arb(1) / 4  # of the largest number, for sums; and of 1, for the number of roundings times the unit
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .claims import CertificateError
+from ..claims import CertificateError
 
 
 class Invalid(Exception):

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from flint import arb, fmpz
 
-from .checker_balls import Fixed, aligned, balls, fixed, from_balls, plus, times, zeros
-from .checker_convolution import Convolution, pad_places
-from .checker_maps import Indices
-from .checker_reading import Reading, tuple_of
-from .checker_rounds import Rounds
+from .balls import Fixed, aligned, balls, fixed, from_balls, plus, times, zeros
+from .convolution import Convolution, pad_places
+from .maps import Indices
+from .reading import Reading, tuple_of
+from .rounds import Rounds
 
 NOTHING = zeros(())
 _HOUSEHOLDER = 34  # units: a sine and a cosine right to 4, and the 10 operations after them

@@ -13,10 +13,10 @@ from flint import arb, fmpq
 from torch import nn
 from torch.nn import functional
 
-from .checker_balls import Fixed, aligned, balls, fixed, from_balls, plus, rational, times
-from .checker_picks import NOTHING, Activation, group_sort, householder, max_min, max_pool, one, pick
-from .checker_reading import Reading
-from .checker_rounds import Rounds
+from .balls import Fixed, aligned, balls, fixed, from_balls, plus, rational, times
+from .picks import NOTHING, Activation, group_sort, householder, max_min, max_pool, one, pick
+from .reading import Reading
+from .rounds import Rounds
 
 # sup |f'|, each proved by a test in interval arithmetic to within one unit of its last digit.
 _GELU_TANH = 1.128993068659

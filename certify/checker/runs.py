@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 
 from flint import arb
 
-from .checker_balls import Fixed, largest, scaled
-from .checker_chains import Concat, Sum
-from .checker_convolution import Convolution, Transposed
-from .checker_folding import folded
-from .checker_maps import Dense, Linear, Scale, Windows
-from .checker_matrices import Refused, absolute_norm, greatest_sum, materialised
-from .checker_norms import absolute_sum, block, guessed_norm, proves_below
-from .checker_torus import default_torus, torus_below, torus_problem
-from .claims import PieceClaim
+from ..claims import PieceClaim
+from .balls import Fixed, largest, scaled
+from .chains import Concat, Sum
+from .convolution import Convolution, Transposed
+from .folding import folded
+from .maps import Dense, Linear, Scale, Windows
+from .matrices import Refused, absolute_norm, greatest_sum, materialised
+from .norms import absolute_sum, block, guessed_norm, proves_below
+from .torus import default_torus, torus_below, torus_problem
 
 
 def prove(linear: Linear, claim: PieceClaim, norm: str, report: Callable[[str], None]) -> None:

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 from flint import fmpz
 
-from .checker_balls import Fixed, Integers, absolute, plus, product, times, zeros
-from .checker_maps import Gather, Indices, Linear, Shape
+from .balls import Fixed, Integers, absolute, plus, product, times, zeros
+from .maps import Gather, Indices, Linear, Shape
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from flint import fmpz
 
-from .checker_balls import Fixed, integers, plus, times
-from .checker_chains import Chain, Sum
-from .checker_convolution import Convolution
-from .checker_maps import Dense, Gather, Linear, Scale, Shape
+from .balls import Fixed, integers, plus, times
+from .chains import Chain, Sum
+from .convolution import Convolution
+from .maps import Dense, Gather, Linear, Scale, Shape
 
 
 def folded(linear: Linear) -> list[Linear]:

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from flint import arb, fmpz
 
-from .certificate_file import Certificate
-from .checker_balls import Fixed, integers, largest, matrix, scaled
-from .checker_invalid import Invalid
-from .checker_matrices import Refused, rows_of
-from .checker_network import Network, Node
-from .checker_runs import joined, prove
-from .claims import NormClaim
+from ..certificate_file import Certificate
+from ..claims import NormClaim
+from .balls import Fixed, integers, largest, matrix, scaled
+from .invalid import Invalid
+from .matrices import Refused, rows_of
+from .network import Network, Node
+from .runs import joined, prove
 
 Matrix = list[list[arb]]
 

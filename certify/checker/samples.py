@@ -10,11 +10,11 @@ import torch
 from flint import arb
 from torch import Tensor
 
-from .checker_balls import Fixed, euclidean, fixed, plus, scaled
-from .checker_chains import concatenated
-from .checker_deviation import Deviation, Spread, passes
-from .checker_network import Network, Node
-from .claims import SampleClaim
+from ..claims import SampleClaim
+from .balls import Fixed, euclidean, fixed, plus, scaled
+from .chains import concatenated
+from .deviation import Deviation, Spread, passes
+from .network import Network, Node
 
 _AT_ONCE = 1 << 19  # entries of the largest tensor of a batch
 Matrix = Sequence[Sequence[arb]]

@@ -17,17 +17,17 @@ import torch
 from flint import arb, ctx
 from torch import Tensor, nn
 
-from .certificate_file import Certificate, load_certificate
-from .checker_balls import PRECISION
-from .checker_bounds import check_bounds, check_final, row_differences
-from .checker_deviation import Deviation
-from .checker_invalid import Invalid, stage
-from .checker_network import Network, plain_copy, read, traced
-from .checker_rounds import FORMATS
-from .checker_samples import Passed, Radii, entry_rounds, forward
-from .claims import CertificateError, SampleClaim
-from .digests import input_digests, model_digest
-from .graph import check_model, check_replay, floating_like
+from ..certificate_file import Certificate, load_certificate
+from ..claims import CertificateError, SampleClaim
+from ..digests import input_digests, model_digest
+from ..graph import check_model, check_replay, floating_like
+from .balls import PRECISION
+from .bounds import check_bounds, check_final, row_differences
+from .deviation import Deviation
+from .invalid import Invalid, stage
+from .network import Network, plain_copy, read, traced
+from .rounds import FORMATS
+from .samples import Passed, Radii, entry_rounds, forward
 
 _METHODS = ("product",)
 _NAMES = {number.dtype: name for name, number in FORMATS.items() if number.dtype is not None}

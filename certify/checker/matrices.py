@@ -9,9 +9,9 @@ from functools import reduce
 import numpy as np
 from flint import arb, fmpz
 
-from .checker_balls import Fixed, balls, largest, scaled, zeros
-from .checker_convolution import Convolution
-from .checker_maps import Gather, Linear, Scale, Shape, ones
+from .balls import Fixed, balls, largest, scaled, zeros
+from .convolution import Convolution
+from .maps import Gather, Linear, Scale, Shape, ones
 
 _SIDE = 2048  # of a matrix that is made entry by entry, its smaller one
 _ENTRIES = 1 << 24

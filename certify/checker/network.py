@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from .checker_activations import activation_for
-from .checker_balls import Fixed, fixed
-from .checker_chains import Chain, Concat, Sum
-from .checker_layers import affine_for
-from .checker_maps import Linear, Scale, Shape, identity
-from .checker_picks import Activation
-from .checker_reading import Affine, Reading
-from .checker_rounds import EXACT, Rounds
-from .graph import Graph, plain_type, trace, type_name
+from ..graph import Graph, plain_type, trace, type_name
+from .activations import activation_for
+from .balls import Fixed, fixed
+from .chains import Chain, Concat, Sum
+from .layers import affine_for
+from .maps import Linear, Scale, Shape, identity
+from .picks import Activation
+from .reading import Affine, Reading
+from .rounds import EXACT, Rounds
 
 # Leaves of this package's own, by name, since the checker imports none of them.
 OWN_LEAVES = frozenset(

@@ -11,7 +11,7 @@ import numpy as np
 from flint import fmpz
 from numpy.typing import NDArray
 
-from .checker_balls import Fixed, absolute, integers, product, times, zeros
+from .balls import Fixed, absolute, integers, product, times, zeros
 
 Indices = NDArray[np.int64]
 Shape = tuple[int, ...]

@@ -9,9 +9,9 @@ from typing import Any
 from flint import arb, fmpq
 from torch import nn
 
-from .checker_balls import Fixed, euclidean
-from .checker_maps import Linear, Shape
-from .checker_rounds import EXACT, Rounds
+from .balls import Fixed, euclidean
+from .maps import Linear, Shape
+from .rounds import EXACT, Rounds
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from flint import arb, fmpq, fmpz
 
-from .checker_balls import BITS, Fixed, from_balls, integers
-from .checker_convolution import Convolution
-from .checker_maps import Indices, Shape, Windows
-from .checker_reading import Affine, Reading, tuple_of
-from .checker_rounds import Rounds
+from .balls import BITS, Fixed, from_balls, integers
+from .convolution import Convolution
+from .maps import Indices, Shape, Windows
+from .reading import Affine, Reading, tuple_of
+from .rounds import Rounds
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from flint import fmpz
 
-from .checker_balls import Fixed, plus
-from .checker_maps import Linear, Shape
+from .balls import Fixed, plus
+from .maps import Linear, Shape
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from flint import arb
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checker_balls import Fixed, balls, fixed, from_balls, rational
-from .checker_convolution import Convolution, Transposed
-from .checker_maps import Dense, Gather, Scale, identity
-from .checker_pools import adaptive_pool, average_pool, mean
-from .checker_reading import Affine, Reading, greatest, spread, tuple_of
-from .checker_rounds import Rounds
+from .balls import Fixed, balls, fixed, from_balls, rational
+from .convolution import Convolution, Transposed
+from .maps import Dense, Gather, Scale, identity
+from .pools import adaptive_pool, average_pool, mean
+from .reading import Affine, Reading, greatest, spread, tuple_of
+from .rounds import Rounds
 
 _BATCH_NORM_ROUNDINGS = 12
 _SMALLEST_VARIANCE = arb(2) ** -40

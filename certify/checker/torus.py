@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from flint import arb, fmpq, fmpz, fmpz_mat
 
-from .checker_balls import Fixed, from_balls, integers, largest, matrix, trimmed
-from .checker_convolution import Convolution, pad_places
-from .checker_norms import block, guessed_norm, proves_below
+from .balls import Fixed, from_balls, integers, largest, matrix, trimmed
+from .convolution import Convolution, pad_places
+from .norms import block, guessed_norm, proves_below
 
 Axis = tuple[int, int, float]  # side, aliasing stride, twist
 _PHASE_BITS = 62

@@ -17,7 +17,7 @@ import torch
 from flint import arb, ctx, fmpz, fmpz_mat
 from numpy.typing import NDArray
 
-from .checker_balls import Fixed, absolute, aligned, approximate, largest, length, matrix, scaled
+from .balls import Fixed, absolute, aligned, approximate, largest, length, matrix, scaled
 
 _SHORT = 61  # bits of the integers of a large matrix: those that FLINT holds in one word
 _BALLS = 64  # sides up to which balls may decide
