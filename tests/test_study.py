@@ -113,13 +113,16 @@ def test_what_is_no_record_is_passed_over(tmp_path, text):
     assert [record.token for record in records(tmp_path)] == ["y"]
 
 
-RUN = (
-    "import sys, time; from speccert.experiments.study import RunRecord\n"
-    "RunRecord(token='t', executor='local', cells=1).write(sys.argv[1])\n"
-    "print('runs', flush=True)\n"
-    "try: time.sleep(60)\n"
-    "except KeyboardInterrupt: print('interrupted', flush=True)"
-)
+RUN = """
+import sys, time
+from speccert.experiments.study import RunRecord
+try:
+    RunRecord(token="t", executor="local", cells=1).write(sys.argv[1])
+    print("runs", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
 
 
 def test_cancelling_interrupts_the_process_and_leaves_the_marker(tmp_path):
