@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,8 +65,8 @@ _ROUNDED = (
     ),
     Assumption(
         "summation",
-        "sums of products are made of these operations in any order; no TF32, and no product or convolution of fewer "
-        "multiplications (Winograd, FFT, Strassen)",
+        "sums of products are made of these operations in any order; no TF32 nor other reduced precision (cuBLAS, "
+        "cuDNN, oneDNN), and no product or convolution of fewer multiplications (Winograd, FFT, Strassen)",
     ),
     Assumption(
         "elementary-functions",
@@ -97,7 +100,7 @@ def check_arithmetic(name: str | None) -> None:
 def arithmetic_for(model: nn.Module, name: str | None = None) -> Arithmetic:
     """The arithmetic of that name; for None or "model" that of the model's coarsest floating-point tensors.
 
-    A model without any takes float32.
+    A model without any takes torch's default type.
 
     Raises:
         ValueError: an unknown name; tensors of both half types, which no one arithmetic describes.
@@ -109,31 +112,99 @@ def arithmetic_for(model: nn.Module, name: str | None = None) -> Arithmetic:
     names = {_NAMES.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors if tensor.is_floating_point()}
     if names - set(DTYPES) or {"float16", "bfloat16"} <= names:
         raise ValueError(f"the model: expected tensors of one of {', '.join(DTYPES)}, got {', '.join(sorted(names))}")
-    return max((ARITHMETICS[name] for name in names or {"float32"}), key=lambda arithmetic: arithmetic.unit)
+    return max((ARITHMETICS[name] for name in names or {_default()}), key=lambda arithmetic: arithmetic.unit)
+
+
+def _default() -> str:
+    return str(torch.get_default_dtype()).removeprefix("torch.")
 
 
 @contextmanager
 def exact_arithmetic(device: torch.device) -> Iterator[None]:
-    """No TF32, no autocast, no reduced-precision sums and no Winograd convolutions for a while; all is restored."""
+    """No TF32, no autocast, no reduced-precision sums and no Winograd convolutions for a while; all is restored.
+
+    Raises:
+        ValueError: oneDNN is told by the environment to compute in less than float32.
+    """
+    for name in _ONEDNN_MODES:
+        if (mode := os.environ.get(name, "STRICT")).upper() != "STRICT":
+            raise ValueError(f"{name}: expected STRICT or nothing, got {mode}, which computes in less than float32")
     cudnn = torch.backends.cudnn
-    precision, sums = torch.get_float32_matmul_precision(), _half_sums()
-    tf32, enabled = cudnn.allow_tf32, cudnn.enabled
-    full_precision()
+    precisions, sums, enabled = float32_precisions(), _half_sums(), cudnn.enabled
+    _set_precisions(dict.fromkeys(precisions, _FULL))
+    _set_half_sums(dict.fromkeys(sums, False))
     cudnn.enabled = False  # its convolutions may be Winograd's, and so may NNPACK's
     try:
         with torch.backends.nnpack.flags(enabled=False), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        cudnn.allow_tf32, cudnn.enabled = tf32, enabled
+        _set_precisions(precisions)
         _set_half_sums(sums)
+        cudnn.enabled = enabled
+
+
+@contextmanager
+def proving() -> Iterator[None]:
+    """What computing a bound takes, whatever the caller's settings: `exact_arithmetic` on the CPU, subnormals kept.
+
+    Also a decorator. Inference mode is left too, since adjoints come from autograd. Everything is restored.
+    """
+    flushed = _SMALLEST_NORMAL / 2 == 0.0
+    torch.set_flush_denormal(False)
+    try:
+        with torch.inference_mode(False), exact_arithmetic(torch.device("cpu")):
+            yield
+    finally:
+        torch.set_flush_denormal(flushed)
+
+
+_SMALLEST_NORMAL = 2.0**-1022
 
 
 def full_precision() -> None:
     """For this process: nothing below float32 in float32 operations (TF32) or in the sums of half-precision ones."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    _set_precisions(dict.fromkeys(float32_precisions(), _FULL))
     _set_half_sums(dict.fromkeys(_half_sums(), False))
+
+
+_ONEDNN_MODES = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
+_FULL = "ieee"
+# Where torch 2.9 and later keep the precision of float32 operations; its older functions fail once these were set.
+_PRECISIONS = (
+    "",
+    "cuda.matmul",
+    "cudnn",
+    "cudnn.conv",
+    "cudnn.rnn",
+    "mkldnn",
+    "mkldnn.conv",
+    "mkldnn.matmul",
+    "mkldnn.rnn",
+)
+_OLD = "all"  # key of torch 2.8's setting of products and convolutions
+
+
+def float32_precisions() -> dict[str, Any]:
+    """In how many bits float32 operations may compute, by torch's names ("tf32", "bf16", "ieee", "none")."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        return {_OLD: (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)}
+    return {name: _backend(name).fp32_precision for name in _PRECISIONS}
+
+
+def _set_precisions(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if name == _OLD:
+            product, tf32 = ("highest", False) if value == _FULL else value
+            torch.set_float32_matmul_precision(product)
+            torch.backends.cudnn.allow_tf32 = tf32
+        else:
+            _backend(name).fp32_precision = value
+
+
+def _backend(name: str) -> Any:
+    return operator.attrgetter(name)(torch.backends) if name else torch.backends
 
 
 _HALF_SUMS = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from .arithmetic import FLOAT64
+from .arithmetic import FLOAT64, proving
 from .deviation import Norms, Spread, overflow_limit, peaks, plan, spread, step_errors
 from .digests import model_digest
 from .execution import Executed, Float64Pass, executed
@@ -80,12 +80,14 @@ class Certifier:
             "model" takes that of its own tensors. Another than its own rounds weights and inputs to that type.
         norm: that of the ball: "l2", "linf" or "l1".
         method: of the Lipschitz bound.
-        bound: constants computed before for this very model, in that norm; none where its weights are rounded.
+        bound: constants computed before for this very model and input shape, in that norm; none where its weights are
+            converted.
 
     Raises:
         ValueError: as `lipschitz`; an operation without a rounding rule; a bound of another model or norm.
     """
 
+    @proving()
     def __init__(
         self,
         model: nn.Module,
@@ -100,12 +102,14 @@ class Certifier:
         self.executed: Executed = executed(model, arithmetic)
         self.input_shape = tuple(input_shape)
         if bound is not None and self.executed.rounded:
-            raise ValueError(f"bound: expected none where the weights are rounded to {self.executed.arithmetic.name}")
+            raise ValueError(f"bound: expected none where the model is converted to {self.executed.arithmetic.name}")
         graph = trace(self.executed.model, self.input_shape, leaf_types())
         if bound is None:
             bound = lipschitz(self.executed.model, self.input_shape, method, norm)
-        elif bound.digest != model_digest(graph):
-            raise ValueError("bound: expected one computed for this very model; its layers or weights are others now")
+        elif bound.norm != norm:
+            raise ValueError(f"bound: expected one in {norm}, got one in {bound.norm}")
+        self._digest = model_digest(graph)
+        self._check(bound)
         self.bound = bound
         record = self.bound.records["l2"]
         self._steps = plan(graph, Norms({run.end: run.bounds.upper for run in record.runs}, dict(record.constants)))
@@ -118,6 +122,12 @@ class Certifier:
         self._errors = step_errors(self._steps, self.executed.arithmetic)
         self._balls = {rounds: self._ball(rounds) for rounds in (False, True)}
 
+    def _check(self, bound: LipschitzBound) -> None:
+        if bound.digest != self._digest:
+            raise ValueError("bound: expected one computed for this very model; its layers or weights are others now")
+        if bound.input_shape != self.input_shape:
+            raise ValueError(f"bound: expected one for inputs {self.input_shape}, got one for {bound.input_shape}")
+
     def _ball(self, rounds: bool) -> tuple[Tensor, list[Tensor]]:
         """Growth per unit of the l2 radius: of the differences' deviation [K, K], of the numbers that may overflow."""
         sizes = {step.node: torch.tensor([step.lipschitz], dtype=torch.float64) for step in self._steps}
@@ -125,6 +135,7 @@ class Certifier:
         found = spread(self._steps, self._errors, sizes, entry, fixed=False)
         return self._lost(found, torch.arange(len(self._difference))), peaks(self._steps, sizes, found, fixed=False)
 
+    @proving()
     @torch.no_grad()
     def margins(
         self,
@@ -182,6 +193,7 @@ class Certifier:
         whole, local = found[self._anchor].whole, found[self._output].local
         return (self._difference[label] * whole[:, None] + _ROOT_2 * local[:, None]) * _WIDE
 
+    @proving()
     def radii(
         self,
         margins: Margins,
@@ -194,6 +206,7 @@ class Certifier:
             bound: of this network in the norm that is wanted; None is the one that the certifier was built with.
         """
         bound = self.bound if bound is None else bound
+        self._check(bound)
         norm, size = bound.norm, float(math.prod(self.input_shape))
         stretch = up_sqrt(size) if norm == "linf" else 1.0  # from the ball's norm to l2
         constants, right = bound.pairwise.cpu()[margins.label], margins.prediction == margins.label
@@ -202,7 +215,7 @@ class Certifier:
         if self.executed.arithmetic.unit == 0.0:
             pairs = _ratio(margins.real, constants)
         least = torch.where(right, pairs.amin(1), 0.0)
-        limit = down(margins.limit / stretch).clamp_min(0.0)
+        limit = torch.where(margins.limit < math.inf, down(margins.limit / stretch).clamp_min(0.0), math.inf)
         return Radii(torch.minimum(least, limit), bare, pairs.argmin(1), limit < least)
 
 

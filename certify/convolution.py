@@ -272,7 +272,7 @@ def _plane_wave(torus: Torus, shape: tuple[int, ...]) -> Tensor:  # [1, *shape] 
     """The torus's own top vector on the real outputs, faded towards the edges as top vectors of padded maps are."""
     wave = torus.wave
     for angle, size in zip(torus.angles, shape[1:], strict=True):
-        place = torch.arange(size)
+        place = torch.arange(size, dtype=torch.float32)
         wave = wave[..., None] * torch.polar(torch.sin(math.pi * (place + 0.5) / size), angle * place)
     return wave.real[None].contiguous()
 

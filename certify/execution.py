@@ -110,6 +110,10 @@ class Float64Pass:
             for node in self._graph.nodes:
                 values[node] = self._value(node, values, x)
                 if node in self._graph.shapes:
+                    if values[node].dtype != torch.float64:
+                        raise ValueError(
+                            f"{node.format_node()}: expected float64 from float64, got {values[node].dtype}"
+                        )
                     visit(node, values[node])
                 for done in self._last.get(node, ()):
                     del values[done]

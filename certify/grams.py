@@ -161,6 +161,10 @@ class Grams:
         The forms' matrices <P_l, P_l'> and the forms err by at most gamma_(n^2 + 2 h + 4) (sum_l ||P_l||_F)^2.
         """
         length, count = self.size**2, len(self.lags)
+        if length < count:  # large kernels of few channels: the matrices themselves are cheaper
+            step = max(1, _PHASE_ENTRIES // (count + length * self.groups))
+            parts = [self._norms(part) for part in torch.split(frequencies, step)]
+            return up(torch.cat(parts) + self.error(torch.complex128))
         even, odd = self._products
         total = up_mul(self.spread, 1 + 2 * gamma(self.inner + 1), 1 + 2 * gamma(40 * len(self.periods)))
         lost = up_mul(4.0 * (length + count), float(count), float(count), _TINY)
@@ -172,6 +176,10 @@ class Grams:
         square = up(torch.cat(squares, 1).clamp_min(0.0) + rounding)
         return up(up(square.sqrt()) + self.error(torch.complex128)).T
 
+    def _norms(self, frequencies: Tensor) -> Tensor:  # [F, axes] -> [F, groups]
+        blocks = torch.view_as_real(self.blocks(self.phases(frequencies), torch.complex128))
+        return norm_up(blocks.flatten(2))
+
     @cached_property
     def _products(self) -> list[Tensor]:  # 2 times [groups, lags, lags]
         """<P_l, P_l'> and <Q_l, Q_l'>."""
@@ -181,7 +189,7 @@ class Grams:
     @cached_property
     def _single(self) -> Tensor:
         """P and Q in float32, laid out so that one real product gives complex matrices."""
-        pairs = torch.zeros(2, len(self.lags), self.even.shape[1], 2)
+        pairs = torch.zeros(2, len(self.lags), self.even.shape[1], 2, dtype=torch.float32)
         pairs[0, :, :, 0], pairs[1, :, :, 1] = self.even, self.odd
         return pairs.flatten(0, 1).flatten(1)
 

@@ -123,6 +123,8 @@ class _Recorder(fx.Interpreter):
         return self.values[n]
 
 
+_MORE = 11  # samples of another replay, in which products may be summed in yet another order
+_MORE_SLACK = 100.0
 _BATCH = 5  # a reshape that mixes samples shows as a first axis other than this
 
 
@@ -150,7 +152,7 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], leaves: frozenset[type
         raise ValueError("the model: expected one tensor as output, got a structure")
     dependent = _dependent(nodes, inputs[0], values)
     for node in dependent:
-        _check_value(node, values[node])
+        _check_value(node, values[node], sample.dtype)
     _check_in_place(model, nodes, values, inputs[0], dependent)
     constants = {node: value for node, value in values.items() if node not in dependent}
     shapes = {node: tuple(values[node].shape[1:]) for node in dependent}
@@ -190,11 +192,13 @@ def check_replay(graph: Graph) -> None:
 
     On the batch that was recorded, to the last bit: the same operations on the same numbers. A trace forgets that two
     names are one tensor (`b = a; a += x` also changes b), leaves out contexts such as autocast, and takes for constants
-    what is drawn at random or counted from call to call. On fewer samples up to rounding, which can depend on the
-    batch: a sample's output must not depend on its neighbours.
+    what is drawn at random or counted from call to call. On fewer and on more samples up to rounding, which can
+    depend on the batch: a sample's output must not depend on its neighbours, nor on their number, as far as is tried.
     """
-    with _errors_of_shape(graph.sample):
-        again, fewer = graph.model(graph.sample.clone()), graph.model(graph.sample[:2].clone())
+    sample = graph.sample
+    with _errors_of_shape(sample):
+        again, fewer = graph.model(sample.clone()), graph.model(sample[:2].clone())
+        more = graph.model(torch.cat([sample, sample, sample])[:_MORE])
     if not _same(again, graph.image):
         raise ValueError(
             "the model: expected its traced graph to give the same outputs to the last bit; a tensor in use is changed "
@@ -204,10 +208,11 @@ def check_replay(graph: Graph) -> None:
     tolerance = _REPLAY.get(image.dtype, 0.1)
     # per output: one that is large and constant, such as that of a masked class, must not hide the others' deviation
     allowed = tolerance * (image.amax(0) - image.amin(0)) + tolerance / 100 * image.abs().amax(0)
-    deviation = (fewer - graph.image[:2]).abs()
-    same = (fewer == graph.image[:2]) | (fewer.isnan() & graph.image[:2].isnan())
-    if not bool((same | (deviation <= allowed)).all()):
-        raise ValueError("the model: expected a sample's output not to depend on the other samples of its batch")
+    for found, slack in ((fewer, 1.0), (more, _MORE_SLACK)):
+        expected = torch.cat([graph.image] * 3)[: len(found)]
+        same = (found == expected) | (found.isnan() & expected.isnan())
+        if not bool((same | ((found - expected).abs() <= slack * allowed)).all()):
+            raise ValueError("the model: expected a sample's output not to depend on the other samples of its batch")
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
@@ -242,13 +247,15 @@ def _is_size(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] in _SIZE_ATTRIBUTES
 
 
-def _check_value(node: fx.Node, value: Tensor) -> None:
+def _check_value(node: fx.Node, value: Tensor, dtype: torch.dtype) -> None:
     if value.dim() < 1 or value.shape[0] != _BATCH:
         raise ValueError(
             f"{node.format_node()}: expected the batch to stay the first axis, got {_BATCH} -> {tuple(value.shape)}"
         )
     if not value.is_floating_point():
         raise ValueError(f"{node.format_node()}: expected floating-point numbers, got {value.dtype}")
+    if torch.promote_types(value.dtype, dtype) != value.dtype:
+        raise ValueError(f"{node.format_node()}: expected numbers no coarser than {dtype}, got {value.dtype}")
 
 
 def _check_in_place(

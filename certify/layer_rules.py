@@ -197,7 +197,7 @@ def _max_pool(call: Call, norm: str) -> float:
 def _windows_over_pixel(size: int, outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     reads = torch.arange(outputs)[:, None] * stride + torch.arange(kernel) * dilation - padding
     inside = reads[(reads >= 0) & (reads < size)]
-    return int(torch.bincount(inside).max())
+    return int(torch.bincount(inside).max()) if inside.numel() else 0
 
 
 def _reindex(function: Callable[[Tensor], Tensor], call: Call) -> LinearMap:
@@ -225,12 +225,21 @@ def _zero_pad(call: Call) -> LinearMap:
     return _forward_reindex(call)
 
 
+def _is_exact(value: Any, converted: Tensor) -> bool:
+    """Whether float64 holds a number or tensor exactly, as it does but for integers beyond 2^53."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() or bool((converted.to(value.dtype) == value).all())
+    return not isinstance(value, int) or int(float(value)) == value
+
+
 def _scale(invert: bool) -> Callable[[Call], LinearMap]:
     def build(call: Call) -> LinearMap:
         values = [*call.args, *call.kwargs.values()]
         if len(values) != 1 or call.kwargs.keys() - {"input", "other"}:
             raise ValueError(f"{call.place}: expected a tensor and a factor without further arguments")
         factor = torch.as_tensor(values[0], dtype=torch.float64)
+        if not _is_exact(values[0], factor):
+            raise ValueError(f"{call.place}: expected a factor that float64 holds exactly, got {values[0]}")
         if factor.dim() == len(call.in_shape) + 1 and factor.shape[0] == 1:
             factor = factor[0]  # an axis for the batch
         inner = call.in_shape[len(call.in_shape) - factor.dim() :] if factor.dim() <= len(call.in_shape) else ()
@@ -249,6 +258,8 @@ def _negate(call: Call) -> LinearMap:
 
 def _mean(call: Call) -> LinearMap:
     axes, keep = call.argument(0, "dim"), call.argument(1, "keepdim", False)
+    if len(call.args) > 2 or call.kwargs.keys() - {"dim", "keepdim"}:
+        raise ValueError(f"{call.place}: expected a mean with no arguments but dim and keepdim")
     if axes is None or any(axis % (len(call.in_shape) + 1) in (0, 1) for axis in _pairs(axes, 1)):
         raise ValueError(f"{call.place}: expected a mean over axes behind the channels, got dim={axes}")
     return _channelwise(lambda x: x.mean(axes, keepdim=keep), call)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .arithmetic import proving
 from .rounding import (
     down_add,
     down_mul,
@@ -182,6 +183,7 @@ class LinearMap(ABC):
     def _structured(self, norm: str) -> NormBounds | None:
         return None
 
+    @proving()
     def bounds(self, norm: str = "l2") -> NormBounds:
         """Bracket of the norm induced by `norm` on both sides; `upper` is proved, `lower` may be an estimate or 0.
 
@@ -226,7 +228,13 @@ def converted(linear: LinearMap, function: Callable[[Tensor], Tensor]) -> Linear
 
 def float64(linear: LinearMap) -> LinearMap:
     """The same map with detached float64 tensors on the CPU (an exact conversion of any float type)."""
-    return converted(linear, lambda tensor: tensor.detach().to("cpu", torch.float64))
+    return converted(linear, _float64)
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        raise ValueError(f"weights: expected real numbers, got {tensor.dtype}")
+    return tensor.detach().to("cpu", torch.float64)
 
 
 def _title(linear: LinearMap) -> str:
@@ -383,6 +391,7 @@ class Dense(LinearMap):
     def _structured(self, norm: str) -> NormBounds:
         return matrix_bounds(self.weight, norm, "dense").widened(self.slack)
 
+    @proving()
     def bounds(self, norm: str = "l2") -> NormBounds:
         """The bracket of the matrix; see `LinearMap.bounds`."""
         check_norm(norm)
@@ -391,9 +400,10 @@ class Dense(LinearMap):
 
 
 def check_bounded(linear: LinearMap) -> None:
-    """Raise ValueError where a tensor holds NaN or infinity, or where a map was fused for an estimate."""
+    """Raise ValueError where a tensor holds NaN, infinity or complex numbers, or a map was fused for an estimate."""
     if not all(math.isfinite(largest_entry(tensor)) for tensor in _tensors(linear)):
         raise ValueError("weights: expected finite numbers; got NaN or infinity")
+    float64(linear)  # refuses complex numbers
     if not linear.deviation("l2") < math.inf:
         raise ValueError(f"{_title(linear)}: its slack is infinite; expected maps fused without gradient and overflow")
 
@@ -591,13 +601,19 @@ class Chain(LinearMap):
         method = " * ".join(part.method for part in parts if part.method != "isometry")
         return NormBounds(0.0, upper, method, tuple(zip(self.maps, parts, strict=True)))
 
+    @proving()
     def bounds(self, norm: str = "l2") -> NormBounds:
         """As `LinearMap.bounds`; one map beside isometries needs no matrix of its own."""
         if sum(not linear.isometry for linear in self.maps) > 1:
             return super().bounds(norm)
         pieces = tuple((linear, linear.bounds(norm)) for linear in self.maps)
         real = next((bounds for linear, bounds in pieces if not linear.isometry), pieces[0][1])
-        return replace(real, pieces=pieces, torus=())
+        sizes = {
+            math.prod(shape) for linear in self.maps if linear.isometry for shape in (linear.in_shape, linear.out_shape)
+        }
+        # where zeros are added, the part's top vector may lie in what is never reached
+        lower = real.lower if len(sizes) <= 1 else 0.0
+        return replace(real, lower=lower, pieces=pieces, torus=())
 
 
 @dataclass(frozen=True)

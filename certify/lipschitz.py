@@ -13,6 +13,7 @@ from . import (  # registers the rules of torch's own layers
     layer_rules,  # noqa: F401
     rounding_rules,  # noqa: F401
 )
+from .arithmetic import proving
 from .digests import model_digest
 from .graph import Graph, check_finite_state, check_model, check_replay, floating_like, trace
 from .jacobian import largest_jacobian_norm
@@ -95,6 +96,7 @@ class LipschitzBound:
     digest: str = field(default="", repr=False)
 
 
+@proving()
 def lipschitz(
     model: nn.Module,
     input_shape: Sequence[int],
@@ -108,8 +110,8 @@ def lipschitz(
     With f = A g + b, A the last affine run and g everything before, |f_i - f_j| <= Lip(g) ||A_i - A_j||_* ||x - x'||,
     the dual norm of the row difference; Lip(g) is the product of the norms of the affine runs and of the
     factors of the other operations, sums for residual branches, roots of squares for concatenations. Everything is
-    proved in float64 on the CPU, each rounding outward: a bound of the network of the stored weights in real
-    arithmetic. For linf and l1
+    proved in float64 on the CPU, each rounding outward: a bound of the network in real arithmetic, with its
+    stored weights, and with parametrized weights and constants as its own type computes them. For linf and l1
     each pair takes the smaller of that product in its own norm and of norm equivalence, ||d||_2 <= sqrt(n) ||d||_inf
     and ||d||_2 <= ||d||_1, times the l2 bound.
 
@@ -226,6 +228,8 @@ def _times(
     factor: float,
 ) -> Tensor:
     """Upper bounds of the products; zeros stay."""
+    if factor == 0.0:
+        return torch.zeros_like(constants)
     return constants if factor == 1.0 else torch.where(constants == 0, constants, up(constants * factor))
 
 

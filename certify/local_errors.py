@@ -86,7 +86,8 @@ def local_error(
 
 
 def _dot(rounding: Rounding, arithmetic: Arithmetic, gain: float, rows: float, root: float) -> LocalError:
-    terms, tiny, unit, fine = float(rounding.terms), arithmetic.tiny, arithmetic.unit, arithmetic.accumulation
+    terms, tiny, unit = float(rounding.terms), arithmetic.tiny, arithmetic.unit
+    fine = arithmetic.accumulation if rounding.wide else unit
     if up_mul(terms, fine) > _MOST:
         return _UNBOUNDED
     lost = up_mul(2.0, tiny, root)

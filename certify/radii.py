@@ -49,10 +49,6 @@ def certified_radii(
     numerical algorithms", 2nd ed.
     """
     shape = tuple(x.shape[1:])
-    if bound is not None and bound.norm != norm:
-        raise ValueError(f"bound: expected one in {norm}, got one in {bound.norm}")
-    if bound is not None and bound.input_shape != shape:
-        raise ValueError(f"bound: expected one for inputs {shape}, got one for {bound.input_shape}")
     certifier = Certifier(model, shape, arithmetic, norm=norm, method=method, bound=bound)
     return certifier.radii(certifier.margins(x, y, batch_size)).radius
 

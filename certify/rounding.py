@@ -233,9 +233,11 @@ def proved_norm(
     The lower end is ||W v|| / ||v|| of one vector, less the rounding of both. Relative width: some 1e-9 at n = 4096.
 
     Raises:
-        ValueError: NaN or infinite entries.
+        ValueError: NaN, infinite or complex entries.
         ArithmeticError: no factorisation runs to its end, which only numbers far beyond the tested range could cause.
     """
+    if matrix.is_complex():
+        raise ValueError(f"matrix: expected real numbers, got {matrix.dtype}")
     matrix = matrix.detach().to("cpu", torch.float64)
     if not math.isfinite(largest_entry(matrix)):
         raise ValueError("matrix: expected finite numbers; got NaN or infinity")

@@ -91,9 +91,9 @@ def _batch_norm(call: Call) -> Rounding:
     return Rounding("steps", _COEFFICIENT, offset=offset, peak=peak)
 
 
-def _average(count: int) -> Rounding:
+def _average(count: int, *, wide: bool = True) -> Rounding:
     """The sum over `count` numbers, before it is divided at most sqrt(count) ||input||, and two roundings more."""
-    return Rounding("dot", count + 2, reach=up_sqrt(float(count)))
+    return Rounding("dot", count + 2, reach=up_sqrt(float(count)), wide=wide)
 
 
 def _pool(call: Call) -> Rounding:
@@ -104,7 +104,7 @@ def _pool(call: Call) -> Rounding:
 def _adaptive_pool(call: Call) -> Rounding:
     axes = zip(call.in_shape[1:], call.out_shape[1:], strict=True)
     windows = [max(-(-(i + 1) * n // o) - i * n // o for i in range(o)) for n, o in axes]
-    return _average(math.prod(windows))
+    return _average(math.prod(windows), wide=len(windows) < 3)  # torch sums the 3d one in the half type itself
 
 
 def _mean(call: Call) -> Rounding:

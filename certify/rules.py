@@ -50,6 +50,7 @@ class Rounding:
         offset: see kind; for "dot" the norm of the bias over all outputs.
         repeats: for "dot", how often one input may enter one result (padding that repeats pixels).
         partials: further sums of every result that half types store (see `local_errors`).
+        wide: whether half types sum its products in float32; where not, every sum rounds as what is stored.
         jump: norm of what separates the function itself from the one that its Lipschitz rule is about.
         reach: intermediate numbers are at most max(reach, gain) * ||input|| + offset + peak: a mean of n numbers sums
             them before it divides, which reaches sqrt(n).
@@ -62,6 +63,7 @@ class Rounding:
     offset: float = 0.0
     repeats: int = 1
     partials: int = 0
+    wide: bool = True
     jump: float = 0.0
     reach: float = 1.0
     peak: float = 0.0

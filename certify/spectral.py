@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from .arithmetic import proving
 from .graph import check_unchanged, type_name
 from .linear import SAFETY, LinearMap, NormBounds, check_norm, converted, float64, like_of
 from .power import estimate_norm, improve, starting_vector
@@ -15,6 +16,7 @@ from .rules import linear_map_of
 _MODE_DEPENDENT = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 
+@proving()
 def norm_bounds(layer: nn.Module, input_shape: tuple[int, ...], norm: str = "l2") -> NormBounds:
     """Bracket `lower <= ||A|| <= upper` of a linear layer's operator A on inputs of `input_shape`.
 
@@ -39,6 +41,7 @@ def norm_bounds(layer: nn.Module, input_shape: tuple[int, ...], norm: str = "l2"
     return bracket(linear_map_of(layer, tuple(input_shape)), norm)
 
 
+@proving()
 def bracket(linear: LinearMap, norm: str = "l2", steps: int = 50) -> NormBounds:
     """The bounds of a map, with the lower end raised by power iteration where only an upper bound is known."""
     bounds = linear.bounds(norm)

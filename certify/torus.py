@@ -225,7 +225,8 @@ def _wave(
     part = kernel[peak.group].to(vector.dtype)  # [size, inner, *taps]
     if channels != grams.groups * grams.size:  # on the inputs' side: the image of the conjugate vector
         for angle, unit_step, taps in zip(reversed(angles), reversed(units), reversed(part.shape[2:]), strict=True):
-            part = part @ torch.polar(torch.ones(taps), angle * unit_step * torch.arange(taps)).to(part.dtype)
+            turns = angle * unit_step * torch.arange(taps, dtype=torch.float64)
+            part = part @ torch.polar(torch.ones_like(turns), turns).to(part.dtype)
         vector = vector.conj() @ part
     wave = vector.new_zeros(grams.groups, channels // grams.groups)
     wave[peak.group] = vector

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from torch import nn
 
+from .. import __version__
 from ..certify import Certificate, CertificateError, certify, load_certificate
 from ..certify.arithmetic import arithmetic_for, check_arithmetic
 from ..certify.certificate_file import check_replaceable
@@ -154,8 +155,8 @@ def _fitting(path: Path, cell: CellConfig, data: Dataset, model: nn.Module) -> C
         return None
     digest = model_digest(trace(model, data.input_shape, leaf_types()))
     arithmetic = arithmetic_for(model, cell.arithmetic).name
-    settings = (found.model.digest, found.norm, found.method, found.arithmetic.name)
-    if settings != (digest, cell.norm, cell.bound, arithmetic):
+    settings = (found.speccert, found.model.digest, found.norm, found.method, found.arithmetic.name)
+    if settings != (__version__, digest, cell.norm, cell.bound, arithmetic):
         return None
     rows = list(zip(input_digests(data.test.x), data.test.y.tolist(), strict=True))
     return found if [(row.input, row.label) for row in found.samples] == rows else None

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from ..certify.arithmetic import ARITHMETICS, Assumption, assumptions, exact_arithmetic, full_precision
+from ..certify.arithmetic import (
+    ARITHMETICS,
+    Assumption,
+    assumptions,
+    exact_arithmetic,
+    float32_precisions,
+    full_precision,
+)
 from ..certify.rounding_rules import SMOOTH
 from . import probes, probes_activations, probes_library
 
@@ -101,8 +108,12 @@ def _switch(backend: Any) -> str:
 
 def _assumptions() -> list[Check]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    tf32 = torch.get_float32_matmul_precision() != "highest" or torch.backends.cudnn.allow_tf32
-    found = [Check("TF32 in products and convolutions", "allowed" if tf32 else "off", not tf32, "summation")]
+    reduced = [name or "all" for name, value in float32_precisions().items() if value in ("tf32", "bf16")]
+    found = [
+        Check(
+            "float32 in fewer bits", f"allowed in {', '.join(reduced)}" if reduced else "off", not reduced, "summation"
+        )
+    ]
     for device in devices:
         text, _ = _each(probes.convolutions, (torch.float32, *_HALVES), device)
         found.append(Check(f"convolutions with the settings of this process ({device})", text, None, "summation"))

@@ -8,9 +8,11 @@ from torch import nn
 from speccert.certify.arithmetic import (
     ARITHMETICS,
     DTYPES,
+    _set_precisions,
     arithmetic_for,
     assumptions,
     exact_arithmetic,
+    float32_precisions,
     full_precision,
 )
 
@@ -59,36 +61,67 @@ def test_assumptions_have_distinct_ids_and_half_types_have_more():
 
 
 def settings():
-    products, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    products = torch.backends.cuda.matmul
     return (
-        torch.get_float32_matmul_precision(),
-        *(cudnn.allow_tf32, cudnn.enabled, torch._C._get_nnpack_enabled()),
+        float32_precisions(),
+        *(torch.backends.cudnn.enabled, torch._C._get_nnpack_enabled()),
         *(products.allow_fp16_reduced_precision_reduction, products.allow_bf16_reduced_precision_reduction),
         torch.is_autocast_enabled("cpu"),
     )
 
 
-def test_settings_hold_inside_and_are_restored():
+def is_full(values):
+    return not {"tf32", "bf16"} & set(values.values())
+
+
+@pytest.fixture
+def restored():
     before = settings()
+    yield
+    _set_precisions(before[0])
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = before[3]
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before[4]
+    assert settings() == before
+
+
+def _old_ways():
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
+
+
+def _new_ways():
+    torch.backends.fp32_precision = "tf32"
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    torch.backends.mkldnn.conv.fp32_precision = "bf16"
+
+
+def _safe_ways():
+    torch.backends.fp32_precision = torch.backends.cudnn.fp32_precision = "ieee"
+
+
+@pytest.mark.parametrize("change", [_old_ways, _new_ways, _safe_ways])
+def test_settings_hold_inside_and_are_restored(change, restored):
+    if change is not _old_ways and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("torch before 2.9 has the old ways only")
+    change()
     changed = settings()
-    try:
-        with torch.autocast("cpu"):
-            with contextlib.suppress(KeyError), exact_arithmetic(torch.device("cpu")):
-                assert settings() == ("highest", False, False, False, False, False, False)
-                raise KeyError
-            assert torch.is_autocast_enabled("cpu")
-        assert settings() == changed
-        full_precision()
-        assert settings()[:2] == ("highest", False)
-        assert settings()[4:6] == (False, False)
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = before[4]
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = before[5]
-    assert settings() == before
+    with torch.autocast("cpu"):
+        with contextlib.suppress(KeyError), exact_arithmetic(torch.device("cpu")):
+            assert is_full(settings()[0])
+            assert settings()[1:] == (False, False, False, False, False)
+            raise KeyError
+        assert torch.is_autocast_enabled("cpu")
+    assert settings() == changed
+    full_precision()
+    assert is_full(settings()[0])
+    assert settings()[3:5] == (False, False)
+
+
+def test_a_reduced_mode_of_onednn_is_refused(monkeypatch):
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    message = "ONEDNN_DEFAULT_FPMATH_MODE: expected STRICT or nothing, got BF16"
+    with pytest.raises(ValueError, match=message), exact_arithmetic(torch.device("cpu")):
+        pass
 
 
 def test_real_arithmetic_never_overflows():

@@ -359,3 +359,31 @@ def test_a_bound_of_other_weights_is_refused(change):
         model[2] = nn.Identity().eval()
     with pytest.raises(ValueError, match="expected one computed for this very model"):
         Certifier(model, SHAPE, bound=bound)
+
+
+def test_bounds_of_other_shapes_norms_or_models_are_refused():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)
+    )
+    model.eval()
+    other = copy.deepcopy(model)
+    other[0].weight.data.mul_(1e-3)
+    with pytest.raises(ValueError, match="expected one for inputs"):
+        Certifier(model, (1, 2, 2), bound=lipschitz(model, (1, 16, 16)))
+    with pytest.raises(ValueError, match="expected one in l2, got one in linf"):
+        Certifier(model, (1, 2, 2), bound=lipschitz(model, (1, 2, 2), norm="linf"))
+    certifier = Certifier(model, (1, 2, 2))
+    margins = certifier.margins(torch.zeros(1, 1, 2, 2))
+    with pytest.raises(ValueError, match="this very model"):
+        certifier.radii(margins, lipschitz(other, (1, 2, 2), norm="linf"))
+    with pytest.raises(ValueError, match="expected one for inputs"):
+        certifier.radii(margins, lipschitz(model, (1, 4, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_pool_that_sums_in_the_half_type_itself(dtype):
+    """torch's 3d adaptive pool: the mean of 4096 ones is 0.5 in float16."""
+    model = nn.Sequential(nn.AdaptiveAvgPool3d((2, 1, 1)), nn.Flatten(), nn.Linear(2, 2)).to(dtype).eval()
+    x = torch.full((1, 1, 32, 16, 16), 1.25, dtype=dtype)
+    certifier = Certifier(model, tuple(x.shape[1:]))
+    assert float(certifier.radii(certifier.margins(x)).radius) == 0.0

@@ -349,3 +349,19 @@ def test_an_input_that_is_not_used_is_an_error():
 def test_nan_in_a_buffer_is_named():
     model = wired(lambda m, x: m.fc(x) * m.scale, fc=nn.Linear(3, 3), buffers={"scale": torch.tensor(float("nan"))})
     refuse(model, (3,), "scale")
+
+
+@pytest.mark.parametrize("place", ["end", "middle"])
+def test_an_operation_in_a_coarser_type_is_refused(place):
+    """A float32 certificate once covered a mean taken in bfloat16."""
+
+    def forward(m, x):
+        pooled = m.conv(x).mean((2, 3), dtype=torch.bfloat16)
+        return pooled if place == "end" else m.fc(pooled * torch.ones(3))
+
+    model = randomised(Wired(forward, conv=nn.Conv2d(1, 3, 1), fc=nn.Linear(3, 3)))
+    refuse(model, (1, 4, 4), "no coarser than torch.float32, got torch.bfloat16|a mean with no arguments")
+
+
+def test_outputs_that_lean_on_a_larger_batch_are_refused():
+    refuse(wired(lambda m, x: m.fc(x) * (1 + x.shape[0] // 6), fc=nn.Linear(3, 3)), (3,), "depend on the other samples")

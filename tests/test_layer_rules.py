@@ -460,3 +460,14 @@ def highest(function, low, high):
         left, right = (low + (high - low) / 3).mid(), (high - (high - low) / 3).mid()
         low, high = (left, high) if function(left).mid() < function(right).mid() else (low, right)
     return function(low)
+
+
+def test_factors_that_float64_rounds_are_refused():
+    for factor in (2**53 + 1, torch.tensor([2**53 + 1])):
+        with pytest.raises(ValueError, match="a factor that float64 holds exactly"):
+            lipschitz(Wired(lambda m, x, c=factor: x * c).double().eval(), (3,))
+
+
+def test_a_mean_in_another_type_is_refused():
+    with pytest.raises(ValueError, match="a mean with no arguments but dim and keepdim"):
+        lipschitz(Wired(lambda m, x: x.mean(2, dtype=torch.float64)).eval(), (3, 4))

@@ -453,3 +453,19 @@ def test_bounds_are_computed_on_the_cpu_in_float64_and_leave_the_model_alone():
     bound = lipschitz(model, (4,))
     assert bound.pairwise.dtype == torch.float64
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_padded_column_has_no_lower_end():
+    model = nn.Sequential(nn.ZeroPad1d((1, 0)), nn.Flatten(), nn.Linear(4, 2, bias=False), nn.ReLU()).double().eval()
+    with torch.no_grad():
+        model[2].weight.zero_()[:, 0] = 7.0
+    (layer,) = lipschitz(model, (1, 3)).layers
+    assert layer.lower == 0.0
+
+
+def test_pairs_behind_a_zero_layer_do_not_move():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double().eval()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[2].weight.copy_(torch.tensor([[1e308, 1e308], [-1e308, -1e308]], dtype=torch.float64))
+    assert bool((lipschitz(model, (2,)).pairwise == 0).all())

@@ -286,7 +286,7 @@ def test_curve_falls_from_the_certified_share_to_0():
 
 def test_a_bound_for_weights_before_their_rounding_is_refused():
     model = linear_model()
-    with pytest.raises(ValueError, match="expected none where the weights are rounded to float16"):
+    with pytest.raises(ValueError, match="expected none where the model is converted to float16"):
         certified_radii(model, torch.zeros(1, 3, 4), bound=lipschitz(model, (3, 4)), arithmetic="float16")
 
 

@@ -90,3 +90,41 @@ def test_large_convolution_takes_about_a_second():
     start = time.process_time()
     norm_bounds(layer, (64, 32, 32))
     assert time.process_time() - start < 3
+
+
+def test_neither_autocast_nor_flushed_subnormals_nor_default_types_change_a_bound():
+    torch.manual_seed(164)
+    layers = [(nn.Conv2d(4, 4, 3, padding=1, bias=False), (4, 40, 40)), (nn.Linear(3, 2).double(), (3,))]
+    layers[1][0].weight.data.fill_(1e-320)
+    for layer, shape in layers:
+        expected = norm_bounds(layer, shape)
+        assert expected.upper > 0
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert norm_bounds(layer, shape) == expected
+        with torch.inference_mode():
+            assert norm_bounds(layer, shape) == expected
+        torch.set_default_dtype(torch.float64)
+        flushed = torch.set_flush_denormal(True)
+        try:
+            assert norm_bounds(layer, shape) == expected
+            assert not flushed or 2.0**-1022 * float(torch.tensor(0.5)) == 0.0  # the caller's setting is kept
+        finally:
+            torch.set_flush_denormal(False)
+            torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_complex_weights_are_refused(norm):
+    linear = nn.Linear(2, 2, bias=False, dtype=torch.cfloat)
+    for layer, shape in [(linear, (2,)), (nn.Conv1d(1, 1, 3, dtype=torch.cfloat), (1, 2000))]:
+        layer.weight.data.fill_(1j)
+        with pytest.raises(ValueError, match=r"expected real numbers, got torch\.complex64"):
+            norm_bounds(layer, shape, norm)
+
+
+@pytest.mark.parametrize("layer", [nn.AvgPool2d(15, 1, 7), nn.Conv2d(16, 16, 15, padding=7, groups=16)])
+def test_large_kernels_of_single_channels_take_seconds(layer):
+    start = time.process_time()
+    bounds = norm_bounds(layer, (16, 64, 64))
+    assert 0 < bounds.lower <= bounds.upper
+    assert time.process_time() - start < 20  # it was minutes: the forms of all pairs of lags

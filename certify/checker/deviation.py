@@ -125,7 +125,7 @@ class Deviation:
     def _dot(self, node: Node, alpha: arb, rows: arb, root: arb) -> Step:
         """Sums of at most n products in any order; half types round the stored results and partial sums again."""
         rounds, number = node.rounds, self.number
-        n, unit, fine = arb(rounds.count), arb(number.unit), arb(number.accumulation)
+        n, unit, fine = arb(rounds.count), arb(number.unit), arb(number.accumulation if rounds.wide else number.unit)
         nodes = arb(max(rounds.count - 1, 0))
         beta, lost = rounds.offset, 2 * arb(number.tiny) * root
         peak = alpha + beta + rounds.peak
@@ -137,7 +137,7 @@ class Deviation:
         q = nodes / 2 * fine
         h = share * beta + lost * (2 * n + rows)
         step = Step(p=p, q=q, h=h, gain=alpha, peak=peak)
-        if number.unit == number.accumulation:
+        if number.unit == number.accumulation or not rounds.wide:
             return step
         stores, partials = arb(2 if beta > 0 else 1), arb(rounds.partials)
         width = (stores + partials) * unit

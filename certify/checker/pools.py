@@ -44,9 +44,9 @@ def _pool_of(use: Reading) -> _Pool:
     )
 
 
-def _rounds(count: int) -> Rounds:
+def _rounds(count: int, *, wide: bool = True) -> Rounds:
     """The sum of `count` numbers, at most sqrt(count) times their norm, and its division."""
-    return Rounds("dot", count + 2, reach=arb(count).sqrt())
+    return Rounds("dot", count + 2, reach=arb(count).sqrt(), wide=wide)
 
 
 def average_pool(use: Reading) -> Affine:
@@ -102,7 +102,8 @@ def adaptive_pool(use: Reading) -> Affine:
     terms = math.prod(max(map(len, ranges)) for ranges in axes)
     if len(use.in_shape) < 2 or use.in_shape[0] != use.out_shape[0]:
         raise use.refused(f"inputs {use.in_shape}")
-    return Affine(_windows(use, axes, None), None, _rounds(terms))
+    # over three axes, torch sums numbers of a half type in that type
+    return Affine(_windows(use, axes, None), None, _rounds(terms, wide=len(axes) != 3))
 
 
 def mean(use: Reading) -> Affine:

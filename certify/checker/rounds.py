@@ -23,6 +23,7 @@ class Rounds:
         repeats: how often one input enters one result at most.
         partials: partial sums that half types store besides the results.
         jump: l2 norm of what separates the executed function from the one whose Lipschitz constant is used.
+        wide: whether half types sum the products in the accumulation's type.
         reach: bound of an intermediate result per unit of the input's l2 norm, where it exceeds the operation's own.
         peak: bound of intermediate numbers beyond gain and offset; not finite: no radius.
     """
@@ -34,6 +35,7 @@ class Rounds:
     repeats: int = 1
     partials: int = 0
     jump: arb = ZERO
+    wide: bool = True
     reach: arb = ZERO
     peak: arb = ZERO
 
