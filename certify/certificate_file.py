@@ -58,6 +58,8 @@ class Certificate:
             CertificateError: another kind of file is there, the folder cannot be written, the disk is full.
         """
         path = Path(path)
+        if path.suffix != ".json":
+            raise CertificateError(f"{path}: expected a file name that ends in .json")
         side = path.with_name(path.stem + SIDE)
         many = to_parquet(self.samples) if len(self.samples) > _INLINE else None
         contents = {} if many is None else {side: many}

@@ -272,7 +272,10 @@ def peaks(
     """
     bounds = []
     for step in steps:
-        if step.kind in ("input", "concat") or step.moves:
+        if step.kind == "input":  # its conversion may overflow
+            bounds.append(_wide(sizes[step.node] + found[step.node].whole))
+            continue
+        if step.kind == "concat" or step.moves:
             continue
         size = _sum([sizes[node] + found[node].whole for node in step.inputs])
         gain, rounding = max(step.rounding.reach, step.gain), step.rounding

@@ -66,8 +66,33 @@ def check_unchanged(module: nn.Module, place: str) -> None:
     """Raise ValueError where a module need not compute what its type says: forward hooks, a replaced forward."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         raise ValueError(f"{place}: expected no forward hooks, since a hook can change what the layer computes")
-    if not vars(module).keys().isdisjoint(_FORWARDS):
-        raise ValueError(f"{place}: expected the forward of its class, got one set on the instance")
+    if own := _replaced(module):
+        raise ValueError(f"{place}: expected the {own} of its class, got one set on the instance")
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise ValueError(f"{place}: expected a module that is not compiled, since a compiler may fuse and reorder")
+    if isinstance(module, nn.modules.conv._ConvNd) and not parametrize.is_parametrized(module):
+        _check_convolution(module, place)
+
+
+def _replaced(module: nn.Module) -> str:
+    """The name of a method that is set on the instance, where there is one."""
+    for name, value in vars(module).items():
+        if name in _FORWARDS or (callable(value) and callable(getattr(type(module), name, None))):
+            return name
+    return ""
+
+
+def _check_convolution(layer: nn.modules.conv._ConvNd, place: str) -> None:
+    """Raise ValueError where what a convolution says of itself is not what it computes."""
+    outer, inner = layer.out_channels, layer.in_channels
+    if layer.transposed:
+        outer, inner = inner, outer
+    if layer.weight.shape != (outer, inner // layer.groups, *layer.kernel_size):
+        raise ValueError(f"{place}: expected weights of its channels and kernel size, got {tuple(layer.weight.shape)}")
+    if not isinstance(layer.padding, str):
+        pads = [pad for pad in reversed(layer.padding) for _ in range(2)]
+        if list(layer._reversed_padding_repeated_twice) != pads:
+            raise ValueError(f"{place}: expected to pad by its padding, got {layer._reversed_padding_repeated_twice}")
 
 
 def check_finite_state(model: nn.Module) -> None:

@@ -143,6 +143,8 @@ def _leaky(call: Call) -> Rounding:
 def _clamp(call: Call) -> Rounding:
     """Only the conversion of the two ends rounds."""
     layer: Any = call.module
+    if (layer.min_val, layer.max_val) == (0.0, 6.0):
+        return PICKS
     ends = [abs(float(end)) for end in (layer.min_val, layer.max_val) if math.isfinite(end)]
     return Rounding("steps", 1, 0.0, _filled(max(ends, default=0.0), call.out_shape))
 
@@ -175,10 +177,10 @@ register_rounding(operator.mul, torch.mul, "mul", rounding=Rounding("steps", 2))
 register_rounding(operator.truediv, torch.div, "div", rounding=Rounding("steps", 3))
 register_rounding(
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, functional.max_pool1d, functional.max_pool2d),
-    *(nn.ReLU, nn.ReLU6, torch.relu, functional.relu, "relu", torch.abs, operator.abs, "abs"),
+    *(nn.ReLU, torch.relu, functional.relu, "relu", torch.abs, operator.abs, "abs"),
     rounding=PICKS,
 )
-register_rounding(nn.Hardtanh, rounding=_clamp)
+register_rounding(nn.Hardtanh, nn.ReLU6, rounding=_clamp)
 register_rounding(nn.LeakyReLU, rounding=_leaky)
 register_rounding(nn.ELU, rounding=_elu)
 register_rounding(nn.Softshrink, rounding=_shrink)

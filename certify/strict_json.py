@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Reader = Callable[[Any, str], T]
 
+_LONGEST = 10_000  # characters of a text
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _LARGEST_COUNT = 2**63 - 1
 _LARGEST_EXACT = 2**53
@@ -91,9 +92,11 @@ def choice(*allowed: Any) -> Reader[Any]:
 
 
 def text(value: Any, place: str) -> str:
-    """Reads a text."""
+    """Reads a text of printable characters: what is shown to people must not steer their terminal."""
     if not isinstance(value, str):
         raise _wrong(value, place, "a text")
+    if not value.isprintable() or len(value) > _LONGEST:
+        raise _wrong(value, place, f"a text of at most {_LONGEST} printable characters")
     return value
 
 

@@ -486,3 +486,52 @@ def test_no_damage_raises(dense, tmp_path):
         verdict = verify(path, model, x, y)
         assert "\n" not in verdict.message
         assert verdict.valid == (verdict.claim == "")
+
+
+@pytest.mark.parametrize("value", [0.9, 1.0])
+def test_padding_by_a_value_is_no_zero_padding(value):
+    model = nn.Sequential(nn.ZeroPad1d((1, 0)), nn.Flatten(), nn.Linear(4, 2)).eval()
+    x = torch.rand(3, 1, 3)
+    certificate = certify(model, x)
+    model[0].value = value
+    forged = _with(certificate, ("model", "digest"), certify(model, x).model.digest)
+    verdict = verify(forged, model, x)
+    assert not verdict.valid
+    assert "padding by" in verdict.message
+
+
+def test_a_rectifier_with_other_ends_is_read_so():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3, 8), nn.ReLU6(), nn.Linear(8, 2)).eval()
+    x = 4 * torch.rand(6, 3)
+    certificate = certify(model, x)
+    model[2].max_val = 0.1
+    assert verify(certify(model, x), model, x).valid
+    forged = _with(certificate, ("model", "digest"), certify(model, x).model.digest)
+    assert not verify(forged, model, x).valid
+
+
+def test_inputs_that_overflow_in_the_arithmetic_have_no_radius():
+    model = nn.Sequential(nn.Flatten()).eval()
+    x = torch.tensor([[1.0, 60000.0]])
+    certificate = certify(model, x, arithmetic="float16")
+    assert certificate.samples[0].radius == 0.0
+    forged = _with(certificate, ("samples", 0, "radius"), 10.0)
+    assert not verify(forged, model, x).valid
+
+
+def test_a_layer_that_computes_something_else_than_its_tables_say():
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    Twice.__module__, Twice.__qualname__ = "torch.nn.modules.linear", "Linear"
+    model = nn.Sequential(nn.Linear(3, 2)).eval()
+    x = torch.rand(3, 3)
+    certificate = certify(model, x)
+    model[0].__class__ = Twice
+    assert not verify(certificate, model, x).valid
+
+
+@pytest.mark.parametrize(("x", "y"), [([[1.0]], None), (None, None), (torch.rand(12, 3, 2, 2), [0] * 12)])
+def test_data_that_are_no_tensors(dense, x, y):
+    assert "expected data and labels as dense tensors" in verify(dense[3], dense[0], x, y).message

@@ -365,3 +365,18 @@ def test_an_operation_in_a_coarser_type_is_refused(place):
 
 def test_outputs_that_lean_on_a_larger_batch_are_refused():
     refuse(wired(lambda m, x: m.fc(x) * (1 + x.shape[0] // 6), fc=nn.Linear(3, 3)), (3,), "depend on the other samples")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda layer: setattr(layer, "_call_impl", lambda x: x), "the _call_impl of its class"),
+        (lambda layer: layer.compile(backend="eager"), "not compiled"),
+        (lambda layer: setattr(layer, "kernel_size", (1, 1)), "its channels and kernel size"),
+        (lambda layer: setattr(layer, "_reversed_padding_repeated_twice", [0, 2, 2, 0]), "to pad by its padding"),
+    ],
+)
+def test_layers_that_were_tampered_with_are_refused(change, message):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), nn.Flatten(), nn.Linear(32, 2)).eval()
+    change(model[0])
+    refuse(model, (1, 4, 4), message)

@@ -121,3 +121,9 @@ def test_what_is_wrong_is_named_with_its_place(reader, value, message):
 def test_an_integer_too_long_to_be_shown_is_refused():
     with pytest.raises(ValueError, match=r"here: expected an integer >= 0, got a number too large to be written"):
         strict.count()(10**5000, "here")
+
+
+@pytest.mark.parametrize("value", ["a\nvalid: all", "\x1b[2K", "\ud800", "x" * 10_001])
+def test_texts_that_could_steer_a_terminal_are_refused(value):
+    with pytest.raises(ValueError, match="printable characters"):
+        strict.text(value, "samples.file")

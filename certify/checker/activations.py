@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from .balls import Fixed, aligned, balls, fixed, from_balls, plus, rational, times
 from .picks import NOTHING, Activation, group_sort, householder, max_min, max_pool, one, pick
-from .reading import Reading
+from .reading import Reading, real_name
 from .rounds import Rounds
 
 # sup |f'|, each proved by a test in interval arithmetic to within one unit of its last digit.
@@ -26,8 +26,7 @@ _JUMP = 2.07e-9  # exceeds log(1 + exp(-20)), by which torch's softplus jumps at
 
 def activation_for(target: Any, use: Reading) -> Activation | None:
     """The operation of this use, None where the table has none of that type."""
-    own = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
-    rule = _TABLE.get(target) or _OWN.get(own)
+    rule = _TABLE.get(target) or _OWN.get(real_name(target))
     return None if rule is None else rule(use)
 
 
@@ -69,6 +68,8 @@ def _hardtanh(use: Reading) -> Activation:
 
 
 def _relu6(use: Reading) -> Activation:
+    if (use.layer.min_val, use.layer.max_val) != (0.0, 6.0):
+        return _hardtanh(use)
     return Activation(_clamped(0.0, 6.0), one, Rounds("steps", 0, gain=arb(1)))
 
 

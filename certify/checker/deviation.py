@@ -181,7 +181,10 @@ class Deviation:
         bounds = []
         for node in self.network.nodes:
             step = self.steps[node.name]
-            if node.kind in ("input", "concat") or (node.linear is not None and node.linear.moves_only):
+            if node.kind == "input":
+                bounds.append(sizes[node.name] + found[node.name].whole)
+                continue
+            if node.kind == "concat" or (node.linear is not None and node.linear.moves_only):
                 continue
             size = sum((sizes[name] + found[name].whole for name in node.sources), arb(0))
             bounds.append(step.gain.max(arb(1)) * size + (step.peak if fixed else 0))
@@ -195,7 +198,7 @@ class Deviation:
         for start, slope in zip(starts, slopes, strict=True):
             if not start < level:
                 return arb(0)
-            if slope > 0:
+            if not slope.is_zero():
                 found = found.min((level - start) / slope)
         return found
 

@@ -18,7 +18,7 @@ from .balls import Fixed, balls, fixed, from_balls, rational
 from .convolution import Convolution, Transposed
 from .maps import Dense, Gather, Scale, identity
 from .pools import adaptive_pool, average_pool, mean
-from .reading import Affine, Reading, greatest, spread, tuple_of
+from .reading import Affine, Reading, greatest, real_name, spread, tuple_of
 from .rounds import Rounds
 
 _BATCH_NORM_ROUNDINGS = 12
@@ -28,8 +28,7 @@ _BATCH_NORM_AXES = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d
 
 def affine_for(target: Any, use: Reading) -> Affine | None:
     """The affine operation of this use, None where the table has none of that type."""
-    own = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
-    rule = _TABLE.get(target) or (_normalize if own == "speccert.models.layers.Normalize" else None)
+    rule = _TABLE.get(target) or (_normalize if real_name(target) == "speccert.models.layers.Normalize" else None)
     return None if rule is None else rule(use)
 
 
@@ -199,13 +198,18 @@ def _moved(use: Reading) -> Affine:
     count = math.prod(use.in_shape)
     numbered = torch.arange(1, count + 1, dtype=torch.float64).reshape(1, *use.in_shape)
     with torch.no_grad():
-        index = use.layer(numbered).flatten().numpy().astype(np.int64) - 1
+        found = use.layer(numbered).flatten()
+    if not bool(((found == found.round()) & (found >= 0) & (found <= count)).all()):
+        raise use.refused("a layer that does more than move entries")
+    index = found.numpy().astype(np.int64) - 1
     return Affine(Gather(index, use.in_shape, use.out_shape))
 
 
 def _zero_pad(use: Reading) -> Affine:
     if any(p < 0 for p in tuple_of(use.layer.padding, 1)):
         raise use.refused("negative padding")
+    if getattr(use.layer, "value", 0.0) != 0:
+        raise use.refused(f"padding by {use.layer.value}")
     return _moved(use)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,14 @@ from torch import nn
 from .balls import Fixed, euclidean
 from .maps import Linear, Shape
 from .rounds import EXACT, Rounds
+
+
+def real_name(target: Any) -> str:
+    """The qualified name of a type, empty where what lies there is another one."""
+    found: Any = sys.modules.get(getattr(target, "__module__", ""))
+    for part in getattr(target, "__qualname__", "").split("."):
+        found = getattr(found, part, None)
+    return f"{target.__module__}.{target.__qualname__}" if found is target else ""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .torus import default_torus, torus_below, torus_problem
 
 def prove(linear: Linear, claim: PieceClaim, norm: str, report: Callable[[str], None]) -> None:
     """Return where the norm of `linear`, in and out in `norm`, is proved to be at most claim.upper; else Refused."""
-    if math.isinf(claim.upper):
+    if claim.upper == math.inf:
         return
     parts = folded(linear)
     if not parts:

@@ -29,6 +29,7 @@ from .network import Network, plain_copy, read, traced
 from .rounds import FORMATS
 from .samples import Passed, Radii, entry_rounds, forward
 
+_READING = 1e-3  # of the largest logit: far above rounding, far below what another layer would do
 _METHODS = ("product",)
 _NAMES = {number.dtype: name for name, number in FORMATS.items() if number.dtype is not None}
 
@@ -102,7 +103,7 @@ def _check(
     report: Callable[[str], None],
 ) -> None:
     with stage("model"):
-        here = _check_identity(certificate, model, x)
+        here = _check_identity(certificate, model, x, y)
     with stage("samples"):
         chosen = _check_samples(certificate, x, y)
     with stage("arithmetic"):
@@ -120,11 +121,13 @@ def _check(
         _check_rows(certificate, network, chosen, dtype, counts, report)
 
 
-def _check_identity(certificate: Certificate, model: nn.Module, x: Tensor) -> nn.Module:
+def _check_identity(certificate: Certificate, model: nn.Module, x: Tensor, y: Tensor | None) -> nn.Module:
     """The model on the CPU, found to be the certified one."""
     claim = certificate.model
     if certificate.method not in _METHODS or certificate.norm not in ("l2", "linf", "l1"):
         raise Invalid("format", f"the checker knows no {certificate.method} bound in {certificate.norm}")
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor | None) or x.layout != torch.strided or x.is_meta:
+        raise Invalid("samples", "expected data and labels as dense tensors")
     if not x.is_floating_point() or x.dim() < 1 or len(x) == 0:
         raise Invalid("samples", f"expected floating-point data, got {x.dtype} of shape {tuple(x.shape)}")
     if tuple(x.shape[1:]) != tuple(claim.input_shape):
@@ -198,7 +201,20 @@ def _executed(certificate: Certificate, model: nn.Module) -> tuple[Network, torc
     plain = plain_copy(model, rounded)
     graph = traced(plain, certificate.model.input_shape)
     check_replay(graph)
-    return read(graph), rounded or floating_like(model).dtype
+    network = read(graph)
+    _check_reading(network, plain, graph.sample)
+    return network, rounded or floating_like(model).dtype
+
+
+def _check_reading(network: Network, model: nn.Module, sample: Tensor) -> None:
+    """A cross-check of the checker's tables: the model itself, run in float64, gives about the same logits."""
+    logits = copy.deepcopy(model).double()(sample.double())
+    allowed = _READING * float(logits.abs().max())
+    for row, passed in zip(logits, forward(network, sample, lambda text: None), strict=True):
+        for value, ball in zip(row.tolist(), passed.logits, strict=True):
+            if not abs(arb(value) - ball) <= allowed + passed.radius + arb(1e-300):
+                read_so = float(ball.mid())
+                raise Invalid("model", f"it computes {value:.6g} in float64 where its layers say {read_so:.6g}")
 
 
 def _check_rows(
