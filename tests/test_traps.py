@@ -267,7 +267,7 @@ def test_bits_read_as_another_type_are_refused():
         def forward(self, x):
             return self.linear(x).view(torch.bfloat16)
 
-    with pytest.raises(ValueError, match="a new type for the same bits|expected numbers no coarser"):
+    with pytest.raises(ValueError, match=r"a new type for the same bits|expected numbers no coarser"):
         lipschitz(Recast().half().eval(), (4,))
 
 

@@ -102,7 +102,7 @@ def _factor(matrix_block: Block, square: fmpz, margin: float) -> tuple[fmpz_mat,
     """About the Cholesky factor of (1 - delta) s^2 I - M^H M in units of the entries; None where there is none."""
     side, level = matrix_block.guess.shape[1], arb(square).sqrt()
     guess = np.ascontiguousarray(matrix_block.guess)
-    scaled_guess = np.ldexp(guess.view(np.float64), -_exponent(guess)).view(guess.dtype)
+    scaled_guess = np.ldexp(guess.view(np.float64), -_exponent(matrix_block.guess)).view(guess.dtype)
     unit = float(level * arb(2) ** (matrix_block.exp - _exponent(matrix_block.guess)))  # s in units of the guess
     if not math.isfinite(unit):
         return None
