@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,19 +15,22 @@ from . import (  # registers the rules of torch's own layers
     rounding_rules,  # noqa: F401
 )
 from .arithmetic import proving
+from .ascent import LowerEstimates, lower_estimates
 from .digests import model_digest
 from .graph import Graph, check_finite_state, check_model, check_replay, floating_like, trace
-from .jacobian import largest_jacobian_norm
+from .inequality import Relaxation
 from .linear import LinearMap, NormBounds, check_norm, converted, float64
 from .power import estimate_norm
 from .rounding import UNIT, norm_up, sum_up, up, up_mul, up_sqrt
 from .rules import leaf_types
+from .sdp import Attempt, Found, Tightener
 from .spectral import bracket
 from .walk import Place, Walk
 
-METHODS = ("product",)
-# Relative rounding of a Jacobian taken by the model's own arithmetic.
-_JACOBIAN_ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-3}
+METHODS = ("product", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "local", "auto")
+_ROOT_2 = 1.4142135623730951  # rounded up
+_ESTIMATE = 1e-7  # relative rounding of an estimate from below, in float64
+_ASCENT = 80  # steps of the search for the largest Jacobian
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,12 @@ class LipschitzBound:
         layers: brackets of the affine runs.
         norm: the input norm.
         input_shape: the shape of the inputs it holds for, without the batch.
-        pair_methods: per pair "product" or "equivalence" (from l2 by norm equivalence), [K][K]; see `lipschitz`.
-        records: by norm, that of the bound and "l2": how its constants were found.
+        pair_methods: per pair, [K][K]: "product", "equivalence" (from l2 by norm equivalence), or the method of the
+            relaxation that gave the constant, with " by equivalence" where that is one in l2; see `lipschitz`.
+        records: by norm, that of the bound and "l2": how the constants of the product were found.
+        relaxations: those that set `upper` or a pairwise constant.
+        attempts: what each method gave, that of the product first.
+        lower_pairwise: [K, K] estimates from below; zeros where not asked for.
         digest: of the model's graph and weights, see `digests.model_digest`: a bound is good for no other.
     """
 
@@ -94,6 +102,9 @@ class LipschitzBound:
     pair_methods: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
     records: Mapping[str, NormRecord] = field(default_factory=dict, repr=False, compare=False)
     digest: str = field(default="", repr=False)
+    relaxations: tuple[Relaxation, ...] = field(default=(), repr=False, compare=False)
+    attempts: tuple[Attempt, ...] = field(default=(), repr=False, compare=False)
+    lower_pairwise: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @proving()
@@ -104,6 +115,8 @@ def lipschitz(
     norm: str = "l2",
     *,
     points: Tensor | None = None,
+    budget: float = 60.0,
+    solver: str | None = None,
 ) -> LipschitzBound:
     """Bound the Lipschitz constants of a network's logits, and of their pairwise differences.
 
@@ -118,9 +131,14 @@ def lipschitz(
     Args:
         model: any module whose operations have rules, in eval mode.
         input_shape: shape of one input, without the batch.
-        method: "product".
+        method: "product"; "lipsdp" and "lipsdp-layer", by an interior-point solver, for small networks;
+            "lipsdp-first-order", by descent; "auto", the best that the budget allows, which is what "local" takes too,
+            whose own part depends on the sample (see `local`). Each keeps the product where that is smaller.
         norm: "l2", "linf" or "l1".
-        points: [B, *input_shape] at which to look for the largest Jacobian norm; None leaves `lower` at 0.
+        points: [B, *input_shape] from which to look for the largest Jacobian norm, in float64, at the points alone for
+            "product" and by ascent from there for the others; None leaves `lower` at 0.
+        budget: seconds that tightening may take, about; not used by "product".
+        solver: of "lipsdp" and "lipsdp-layer": None or "built-in", or "clarabel", "scs", "mosek" through cvxpy.
 
     Raises:
         ValueError: training mode, NaN weights, an operation without a rule, a shape that does not fit, output not
@@ -130,33 +148,123 @@ def lipschitz(
     check_norm(norm)
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
+    if not 0 < budget < math.inf:
+        raise ValueError(f"budget: expected a finite number of seconds > 0, got {budget}")
     check_model(model)
-    bound = _product(model, tuple(input_shape), norm)
+    graph = trace(model, tuple(input_shape), leaf_types())
+    bound = _product(graph, tuple(input_shape), norm)
+    if method != "product":
+        bound = _tightened(graph, bound, method, budget, solver, floating_like(model).device)
     if points is None:
         return bound
-    lower = largest_jacobian_norm(model, points, norm)
-    if lower > bound.upper * (1 + _JACOBIAN_ROUNDING.get(floating_like(model).dtype, 0.1)):
-        raise ArithmeticError(f"the model's Jacobian norm {lower} exceeds its bound {bound.upper}: the bound is wrong")
-    return replace(bound, lower=min(lower, bound.upper))
+    return _with_lower(bound, lower_estimates(model, points, norm, steps=0 if method == "product" else _ASCENT))
 
 
-def _product(model: nn.Module, input_shape: tuple[int, ...], norm: str) -> LipschitzBound:
-    graph = trace(model, input_shape, leaf_types())
+def _with_lower(bound: LipschitzBound, lower: LowerEstimates) -> LipschitzBound:
+    """The bound with its estimates from below; ArithmeticError where one exceeds it."""
+    if lower.whole > bound.upper * (1 + _ESTIMATE):
+        raise ArithmeticError(f"a Jacobian norm of {lower.whole} exceeds the bound {bound.upper}: the bound is wrong")
+    wrong = torch.nonzero(lower.pairwise > bound.pairwise * (1 + _ESTIMATE))
+    if len(wrong):
+        i, j = wrong[0].tolist()
+        found, claimed = float(lower.pairwise[i, j]), float(bound.pairwise[i, j])
+        raise ArithmeticError(
+            f"a slope of {found} exceeds the bound {claimed} of the pair {i}, {j}: the bound is wrong"
+        )
+    pairwise = torch.minimum(lower.pairwise, bound.pairwise)
+    return replace(bound, lower=min(lower.whole, bound.upper), lower_pairwise=pairwise)
+
+
+def _product(graph: Graph, input_shape: tuple[int, ...], norm: str) -> LipschitzBound:
+    begin = time.monotonic()
     record = _product_in(graph, norm)
     upper, pairwise, records = record.upper, record.pairwise, {norm: record}
     methods = [["product"] * len(pairwise) for _ in pairwise]
     if norm != "l2":
         other_record = records["l2"] = _product_in(graph, "l2")
-        # linf: from the inputs' norm to l2; l1: from l2 of the logits to their own norm
-        inner = up_sqrt(float(math.prod(input_shape))) if norm == "linf" else 1.0
-        outer = 1.0 if norm == "linf" else up_sqrt(float(len(pairwise)))
+        inner, outer = _equivalence(norm, input_shape, len(pairwise))
         upper = min(upper, up_mul(other_record.upper, inner, outer))
         other = _times(other_record.pairwise, inner)
         methods = [["equivalence" if better else "product" for better in row] for row in (other < pairwise).tolist()]
         pairwise = torch.minimum(pairwise, other)
     names = tuple(tuple(row) for row in methods)
     layers = tuple(_layer_bound(run) for run in record.runs if run.parts)
-    return LipschitzBound(upper, 0.0, pairwise, layers, norm, input_shape, names, records, model_digest(graph))
+    attempt = Attempt("product", upper, float(pairwise.max()), time.monotonic() - begin)
+    return LipschitzBound(
+        upper,
+        0.0,
+        pairwise,
+        layers,
+        norm,
+        input_shape,
+        names,
+        records,
+        model_digest(graph),
+        attempts=(attempt,),
+    )
+
+
+def _equivalence(norm: str, input_shape: tuple[int, ...], classes: int) -> tuple[float, float]:
+    """What takes an l2 constant to one in `norm`: from the inputs' norm to l2, and from l2 of the logits to theirs."""
+    inner = up_sqrt(float(math.prod(input_shape))) if norm == "linf" else 1.0
+    return inner, up_sqrt(float(classes)) if norm == "l1" else 1.0
+
+
+def _tightened(
+    graph: Graph,
+    bound: LipschitzBound,
+    method: str,
+    budget: float,
+    solver: str | None,
+    device: torch.device | str,
+) -> LipschitzBound:
+    """The bound with the smaller constant of its own and of every relaxation that is proved."""
+    constants, classes = dict(bound.records["l2"].constants), len(bound.pairwise)
+    found = Tightener(graph, constants, classes, solver).tighten(method, bound.norm, budget, device)
+    upper, pairwise, names = bound.upper, bound.pairwise.clone(), [list(row) for row in bound.pair_methods]
+    off_diagonal = ~torch.eye(classes, dtype=torch.bool)
+    used: dict[tuple[int, int] | None, Relaxation] = {}  # by pair; that of the whole end at None and in `shared`
+    shared: set[Relaxation] = set()
+    for one in sorted(found.relaxations, key=lambda one: one.pair is None):  # pairs first: fewer need the whole end's
+        same = one.norm == bound.norm
+        inner, _ = _equivalence("l2" if same else bound.norm, bound.input_shape, classes)
+        label = one.method if same else f"{one.method} by equivalence"
+        constant = up_mul(one.upper, inner)
+        if one.pair is None:
+            outer = _equivalence(bound.norm, bound.input_shape, classes)[1]
+            if up_mul(constant, outer) < upper:
+                upper, used[None] = up_mul(constant, outer), one
+            better = (pairwise > up_mul(constant, _ROOT_2)) & off_diagonal
+            if bool(better.any()):
+                shared.add(one)
+                pairwise[better] = up_mul(constant, _ROOT_2)
+                for i, j in torch.nonzero(better).tolist():
+                    names[i][j] = label
+        elif constant < float(pairwise[one.pair]):
+            i, j = one.pair
+            pairwise[i, j] = pairwise[j, i] = constant
+            names[i][j] = names[j][i] = label
+            used[one.pair] = one
+    return replace(
+        bound,
+        upper=upper,
+        pairwise=pairwise,
+        pair_methods=tuple(tuple(row) for row in names),
+        relaxations=tuple(dict.fromkeys([*used.values(), *(one for one in found.relaxations if one in shared)])),
+        attempts=(*bound.attempts, *(_in_norm(one, bound, found) for one in found.attempts)),
+    )
+
+
+def _in_norm(attempt: Attempt, bound: LipschitzBound, found: Found) -> Attempt:
+    """The attempt's numbers in the norms of the bound; pairs that were left out follow from the whole end."""
+    own = [one for one in found.relaxations if one.method == attempt.method]
+    if not own:
+        return attempt
+    inner, outer = _equivalence(bound.norm, bound.input_shape, len(bound.pairwise))
+    if own[0].norm == bound.norm:
+        inner = 1.0
+    pair = attempt.pair_upper if attempt.pair_upper < math.inf else up_mul(attempt.upper, _ROOT_2)
+    return replace(attempt, upper=up_mul(attempt.upper, inner, outer), pair_upper=up_mul(pair, inner))
 
 
 def _layer_bound(run: Run) -> LayerBound:

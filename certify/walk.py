@@ -22,7 +22,7 @@ from .rounding import up_add, up_mul
 from .rules import Call, Operation, Rule, rule_for
 
 SUMS: tuple[Operation, ...] = (operator.add, torch.add, "add", operator.iadd, operator.sub, torch.sub, "sub")
-_DIFFERENCES: tuple[Operation, ...] = (operator.sub, torch.sub, "sub")
+DIFFERENCES: tuple[Operation, ...] = (operator.sub, torch.sub, "sub")
 CONCATS: tuple[Operation, ...] = (torch.cat, torch.concat, torch.concatenate)
 _COMMUTATIVE: tuple[Operation, ...] = (operator.mul, torch.mul, "mul")
 
@@ -138,9 +138,9 @@ class Walk:
         shape = self._graph.shapes[node]
         if any(self._graph.shapes[term] != shape for term in terms):
             raise ValueError(f"{self._name(node)}: expected terms of one shape, got a broadcast to {shape}")
-        signs = [-1.0 if operation in _DIFFERENCES and term is node.args[1] else 1.0 for term in terms]
+        signs = [-1.0 if operation in DIFFERENCES and term is node.args[1] else 1.0 for term in terms]
         if len(terms) == 2 and terms[0] is terms[1]:
-            signs = [1.0, -1.0 if operation in _DIFFERENCES else 1.0]
+            signs = [1.0, -1.0 if operation in DIFFERENCES else 1.0]
         places = [self._places[term] for term in terms]
         if len(terms) == 1:
             return self._signed(places[0], signs[0], shape)

@@ -1,0 +1,458 @@
+"""First-order search for LipSDP multipliers: the inequality is eliminated backwards, one layer at a time.
+
+With R_L = C_L^T C_L and so on the quadratic form of the end, and for k = L, .., 1
+
+    S_k = D_k - R_kk,    B_kl = c_k D_k A_kl + R_kl,    R_lm += B_kl^T S_k^-1 B_km - A_kl^T (a b D)_k A_km,
+
+S_k > 0, c the middle of the slopes a and b, the form that is left on the start is the least Q for which the inequality
+of `inequality` holds. What is minimised is the logarithm of the bound's square over the logarithms of the multipliers:
+in l2 the largest eigenvalue of Q, in linf that of T^-1/2 Q T^-1/2 times the sum of T, in l1 the largest diagonal entry;
+each as a p-norm, p rising, since a maximum has a kink where several meet. Where S_k > 0 fails, the value is infinite,
+and it grows without bound on the way there, so that a line search stays inside. The gradient needs no second pass
+through the factors: the value is a maximum over the numbers xi, and its derivative by d is (xi - a u)(b u - xi) there.
+
+All is batched over problems that share the matrices and differ in the end, such as pairs of classes. Nothing here is
+a proof: see `inequality.prove`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .neurons import Neurons
+
+POWERS = (20.0, 100.0, 500.0, 3000.0)
+_HISTORY = 20
+_MOST_STEPS = 300  # a power
+_IMPROVEMENT = 2e-6  # of the logarithm, over `_PATIENCE` steps: the test for an end
+_PATIENCE = 5
+_FALL = 1e-4  # Armijo's constant
+_LONGEST = 1.0  # step in a logarithm
+_SEARCH = 14
+_KEPT = 1e-8  # share of the largest weight below which a direction adds nothing
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """One layer: matrices by source, slopes, the multiplier of each number."""
+
+    matrices: dict[int, Tensor]
+    middle: Tensor
+    inner: Tensor  # a b
+    low: Tensor
+    high: Tensor
+    tied: Tensor
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A batch of problems with the same layers.
+
+    Attributes:
+        levels: layers 1..L.
+        ends: [P, m, n_k] by source: the rows of the end.
+        rows: [r, start] M: what the start is read through; None where it is the start itself.
+        norm: of the start.
+        sizes: of the groups, that of the start being r where there are rows.
+    """
+
+    levels: tuple[_Level, ...]
+    ends: dict[int, Tensor]
+    rows: Tensor | None
+    norm: str
+    sizes: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        """How many problems."""
+        return len(next(iter(self.ends.values())))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the problems are."""
+        return next(iter(self.ends.values())).device
+
+    def chosen(self, index: Tensor) -> Problem:
+        """Some of the problems."""
+        return replace(self, ends={source: end[index] for source, end in self.ends.items()})
+
+
+def problem(
+    net: Neurons,
+    pairs: Sequence[tuple[int, int]] | None,
+    norm: str,
+    device: torch.device | str = "cpu",
+) -> Problem:
+    """The problems of the whole end (pairs None, one problem) or of differences of two of its numbers."""
+    levels, rows, sizes = [], None, net.sizes
+    parts = [*(part for layer in net.layers for part in layer.parts), *net.output]
+    reading = [part for part in parts if part.source == 0]
+    blocks: dict[int, Tensor] = {}  # by the position of the part
+    if reading and sum(len(part.matrix) for part in reading) < net.sizes[0]:
+        stacked = torch.cat([part.matrix for part in reading])
+        units = torch.eye(len(stacked), dtype=torch.float64)
+        if norm == "l2":
+            units = _root(stacked @ stacked.T)
+        else:
+            rows = stacked.to(device)
+        split = torch.split(units, [len(part.matrix) for part in reading])
+        blocks = {id(part): block for part, block in zip(reading, split, strict=True)}
+        sizes = (len(stacked), *net.sizes[1:])
+    for layer in net.layers:
+        matrices = {part.source: blocks.get(id(part), part.matrix).to(device) for part in layer.parts}
+        low, high = layer.low.to(device), layer.high.to(device)
+        tied = layer.tied.to(device)
+        levels.append(_Level(matrices, (low + high) / 2, low * high, low, high, tied, layer.multipliers))
+    ends = {}
+    for part in net.output:
+        matrix = blocks.get(id(part), part.matrix).to(device)
+        if pairs is None:
+            ends[part.source] = matrix[None]
+        else:
+            first, second = (torch.tensor(side, device=device) for side in zip(*pairs, strict=True))
+            ends[part.source] = (matrix[first] - matrix[second])[:, None]
+    return Problem(tuple(levels), ends, rows, norm, sizes)
+
+
+def _root(gram: Tensor) -> Tensor:
+    """About a G with G G^T the Gram matrix."""
+    values, vectors = torch.linalg.eigh(gram)
+    root: Tensor = vectors * values.clamp_min(0).sqrt()
+    return root
+
+
+@dataclass(eq=False)
+class _Passed:
+    """What an elimination leaves: the form on the start, and what leads back from it to all numbers."""
+
+    rest: Tensor  # [P, r, r]
+    fine: Tensor  # [P] whether all S_k > 0
+    factors: list[tuple[Tensor, dict[int, Tensor]]]  # per layer: L with S = L L^T, and L^-1 B by source
+
+
+def _eliminate(given: Problem, choose: Callable[[int, Tensor, bool], Tensor]) -> _Passed:
+    """Backwards through all layers; `choose` gives the multipliers of layer k (0 the first) for R_kk.
+
+    It is told whether layer k is crossed: whether there is an R_kl, l < k.
+    """
+    blocks: dict[tuple[int, int], Tensor] = {}
+
+    def put(first: int, second: int, block: Tensor) -> None:
+        known = blocks.get((first, second))
+        blocks[first, second] = block if known is None else known + block
+
+    sources = sorted(given.ends)
+    for first in sources:
+        for second in [source for source in sources if source <= first]:
+            put(first, second, given.ends[first].mT @ given.ends[second])
+    fine = torch.ones(given.count, dtype=torch.bool, device=given.device)
+    factors: list[tuple[Tensor, dict[int, Tensor]]] = []
+    for k in range(len(given.levels), 0, -1):
+        level = given.levels[k - 1]
+        form = blocks.pop((k, k), None)
+        if form is None:
+            form = torch.zeros(given.count, len(level.low), len(level.low)).to(level.low)
+        crossed = any(first == k for first, _ in blocks)
+        d = choose(k - 1, form, crossed)[:, level.tied]
+        factor, failed = torch.linalg.cholesky_ex(torch.diag_embed(d) - form)
+        fine &= failed == 0
+        if bool((failed != 0).any()):
+            factor = torch.where((failed != 0)[:, None, None], torch.eye(len(d[0])).to(factor), factor)
+        rows = {source: (level.middle * d)[:, :, None] * matrix for source, matrix in level.matrices.items()}
+        for source in [second for first, second in blocks if first == k]:
+            block = blocks.pop((k, source))
+            rows[source] = rows[source] + block if source in rows else block
+        solved = {s: torch.linalg.solve_triangular(factor, rows[s], upper=False) for s in sorted(rows)}
+        inner = level.inner * d if bool((level.inner != 0).any()) else None
+        for first in solved:
+            for second in [source for source in solved if source <= first]:
+                put(first, second, solved[first].mT @ solved[second])
+                if inner is not None and first in level.matrices and second in level.matrices:
+                    put(first, second, -(level.matrices[first].mT @ (inner[:, :, None] * level.matrices[second])))
+        factors.append((factor, solved))
+    rest = blocks.get((0, 0))
+    if rest is None:
+        rest = torch.zeros(given.count, given.sizes[0], given.sizes[0]).to(fine.device, torch.float64)
+    return _Passed(rest, fine, factors[::-1])
+
+
+def _gradient(given: Problem, passed: _Passed, directions: Tensor) -> list[Tensor]:
+    """Derivatives by the multipliers, [P, multipliers] a layer, for directions [P, r, e] of the start."""
+    numbers = {0: directions}
+    found = []
+    for k, (level, (factor, solved)) in enumerate(zip(given.levels, passed.factors, strict=True), start=1):
+        pulled = sum((row @ numbers[source] for source, row in solved.items()), directions.new_zeros(()))
+        xi = torch.linalg.solve_triangular(factor.mT, pulled, upper=True)
+        u = sum((matrix @ numbers[s] for s, matrix in level.matrices.items()), directions.new_zeros(()))
+        numbers[k] = xi
+        each = ((xi - level.low[:, None] * u) * (level.high[:, None] * u - xi)).sum(-1)
+        found.append(torch.zeros(len(each), level.count).to(each).index_add_(1, level.tied, each))
+    return found
+
+
+@dataclass(eq=False)
+class _Value:
+    smooth: Tensor  # [P] the logarithm that is minimised; inf outside
+    true: Tensor  # [P] the logarithm of the bound's square
+    slope: Tensor  # [P, variables]
+
+
+def _evaluate(given: Problem, x: Tensor, power: float) -> _Value:
+    """x: [P, variables] logarithms of the multipliers, layer by layer, and in linf of the weights."""
+    counts = [level.count for level in given.levels]
+    weights = x.shape[1] - sum(counts)
+    logs = torch.split(x, [*counts, weights], 1)
+    multipliers = [part.exp() for part in logs[:-1]]
+    passed = _eliminate(given, lambda k, form, crossed: multipliers[k])
+    smooth, true, directions, by_weights = _objective(given, passed.rest, logs[-1], power)
+    slopes = [g * d for g, d in zip(_gradient(given, passed, directions), multipliers, strict=True)]
+    slope = torch.cat([*slopes, by_weights], 1)
+    sound = passed.fine & torch.isfinite(smooth) & torch.isfinite(slope).all(1)
+    smooth, true = (torch.where(sound, value, math.inf) for value in (smooth, true))
+    return _Value(smooth, true, torch.where(sound[:, None], slope, 0.0))
+
+
+def _objective(given: Problem, rest: Tensor, weights: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Smooth and true logarithms, directions of the start, derivatives by the weights' logarithms."""
+    rest = torch.nan_to_num((rest + rest.mT) / 2, 0.0, 0.0, 0.0)
+    if given.norm == "l1":
+        return _largest_diagonal(given, rest, weights, power)
+    if given.norm == "l2":
+        found = _eigenvalues(rest, power)
+        return found.smooth, found.true, found.vectors * found.slopes.sqrt()[:, None], weights
+    inverse = (-weights / 2).exp()  # T^-1/2
+    rows = torch.eye(rest.shape[-1]).to(rest) if given.rows is None else given.rows
+    scaled = rows * inverse[:, None]  # M T^-1/2
+    small = scaled.shape[-2] < scaled.shape[-1]
+    root = torch.stack([_root(part @ part.mT) for part in scaled]) if small else scaled
+    found = _eigenvalues(root.mT @ rest @ root, power)
+    images = root @ found.vectors
+    # an eigenvalue falls with tau_i by the square of entry i of its unit eigenvector of (M T^-1/2)^T Q M T^-1/2
+    vectors = scaled.mT @ (rest @ images)
+    squares = vectors.square() / vectors.square().sum(1, keepdim=True).clamp_min(1e-300)
+    total = weights.logsumexp(1)
+    by_weights = (weights - total[:, None]).exp() - (squares * found.portions[:, None]).sum(-1)
+    return found.smooth + total, found.true + total, images * found.slopes.sqrt()[:, None], by_weights
+
+
+@dataclass(eq=False)
+class _Spectrum:
+    """Largest eigenvalues of a batch, [P, e] each, ascending: of the p-norm, its derivatives and their products."""
+
+    smooth: Tensor  # [P] logarithm of the p-norm
+    true: Tensor  # [P] logarithm of the largest
+    slopes: Tensor
+    portions: Tensor
+    vectors: Tensor  # [P, n, e]
+
+
+def _eigenvalues(form: Tensor, power: float) -> _Spectrum:
+    values, vectors = torch.linalg.eigh(form)
+    largest = values[:, -1:].clamp_min(1e-300)
+    shares = (values.clamp_min(0) / largest) ** power
+    total = shares.sum(1, keepdim=True)
+    portions = shares / total
+    kept = int((portions > _KEPT * portions.max()).sum(1).max())
+    portions, vectors, values = portions[:, -kept:], vectors[:, :, -kept:], values[:, -kept:]
+    true = largest[:, 0].log()
+    return _Spectrum(true + total[:, 0].log() / power, true, portions / values.clamp_min(1e-300), portions, vectors)
+
+
+def _largest_diagonal(
+    given: Problem, rest: Tensor, weights: Tensor, power: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The p-norm of the diagonal of M^T Q M; directions are the axes of the start."""
+    units = torch.eye(rest.shape[-1]).to(rest) if given.rows is None else given.rows
+    values = (units * (rest @ units)).sum(1).clamp_min(0)
+    largest = values.amax(1, keepdim=True).clamp_min(1e-300)
+    shares = (values / largest) ** power
+    total = shares.sum(1, keepdim=True)
+    portions = shares / total
+    kept = torch.nonzero((portions > _KEPT * portions.amax(1, keepdim=True)).any(0)).flatten()
+    slopes = (portions / values.clamp_min(1e-300))[:, kept]
+    true = largest[:, 0].log()
+    return true + total[:, 0].log() / power, true, units[:, kept] * slopes.sqrt()[:, None], weights
+
+
+def initial(given: Problem) -> Tensor:
+    """Multipliers without a search, [P, variables] logarithms: one a layer, a multiple of the largest eigenvalue of R.
+
+    For slopes of one interval the multiple that is best where R is a multiple of the identity, which makes the bound at
+    most the product over the layers (for [0, 1]: Xu, Sivaranjani, "ECLipsE", NeurIPS 2024, its fast form).
+    """
+    found: list[Tensor] = []
+
+    def choose(k: int, form: Tensor, crossed: bool) -> Tensor:
+        level = given.levels[k]
+        largest = torch.linalg.eigvalsh(form)[:, -1].clamp_min(1e-290)
+        half = float((level.high - level.low).max()) / 2
+        ratio = min(1e6, 1 + max(float(level.middle.abs().max()) / max(half, 1e-9), 1.0 if crossed else 1e-4))
+        chosen: Tensor = (largest * ratio)[:, None].expand(-1, level.count)
+        found.append(chosen.log())
+        return chosen
+
+    _eliminate(given, choose)
+    logs = torch.cat(found[::-1], 1)
+    if given.norm != "linf":
+        return logs
+    size = given.sizes[0] if given.rows is None else given.rows.shape[1]
+    return torch.cat([logs, torch.zeros(given.count, size).to(logs)], 1)
+
+
+def search(
+    given: Problem,
+    start: Tensor,  # [P, variables]
+    deadline: float,
+    powers: Sequence[float] = POWERS,
+) -> Tensor:  # [P, variables] the best found
+    """Minimise by L-BFGS with backtracking, each problem of the batch on its own, from `start` on.
+
+    Args:
+        given: the problems.
+        start: logarithms inside the domain; a problem whose start is outside stays there.
+        deadline: `time.monotonic()` at which to stop with the best so far.
+        powers: of the p-norm, one after another.
+    """
+    best, least = start.clone(), torch.full((given.count,), math.inf).to(start)
+    for power in powers:
+        if time.monotonic() > deadline:
+            break
+        _minimise(given, best, least, power, deadline)
+    return best
+
+
+def _minimise(given: Problem, best: Tensor, least: Tensor, power: float, deadline: float) -> None:
+    """Minimise one p-norm, starting from `best`; `best` and `least` keep what has the smallest true value."""
+    x = best.clone()
+    now = _evaluate(given, x, power)
+    _keep(best, least, x, now, slice(None))
+    memory = _Memory(given.count, x.shape[1], x)
+    active = torch.nonzero(torch.isfinite(now.smooth)).flatten()
+    trail = [now.smooth.clone()]
+    for _ in range(_MOST_STEPS):
+        if not len(active) or time.monotonic() > deadline:
+            return
+        step = memory.direction(now.slope, active)
+        moved = _search_line(given, x, now, step, active, power, deadline)
+        if not len(moved.index):
+            return
+        index = moved.index
+        memory.push(index, moved.x - x[index], moved.value.slope - now.slope[index])
+        x[index] = moved.x
+        for name in ("smooth", "true", "slope"):
+            getattr(now, name)[index] = getattr(moved.value, name)
+        _keep(best, least, moved.x, moved.value, index)
+        trail.append(now.smooth.clone())
+        if len(trail) > _PATIENCE:
+            gained = trail[-1 - _PATIENCE][index] - now.smooth[index]
+            index = index[gained > _IMPROVEMENT]
+        active = index
+
+
+def _keep(best: Tensor, least: Tensor, x: Tensor, value: _Value, index: Tensor | slice) -> None:
+    better = value.true < least[index]
+    best[index] = torch.where(better[:, None], x, best[index])
+    least[index] = torch.where(better, value.true, least[index])
+
+
+@dataclass(eq=False)
+class _Moved:
+    index: Tensor
+    x: Tensor
+    value: _Value
+
+
+def _search_line(
+    given: Problem, x: Tensor, now: _Value, step: Tensor, active: Tensor, power: float, deadline: float
+) -> _Moved:
+    """Backtracking from the whole step; problems for which no step helps drop out."""
+    descent = (now.slope[active] * step).sum(1)
+    length = torch.ones_like(descent)
+    done: list[_Moved] = []
+    left = torch.arange(len(active), device=active.device)
+    for _ in range(_SEARCH):
+        index = active[left]
+        tried = x[index] + length[left][:, None] * step[left]
+        value = _evaluate(given.chosen(index), tried, power)
+        good = value.smooth <= now.smooth[index] + _FALL * length[left] * descent[left]
+        part = _Value(value.smooth[good], value.true[good], value.slope[good])
+        done.append(_Moved(index[good], tried[good], part))
+        outside = torch.isinf(value.smooth)
+        length[left] *= torch.where(outside, 0.25, 0.5)
+        left = left[~good]
+        if not len(left) or time.monotonic() > deadline:
+            break
+    values = [one.value for one in done]
+    return _Moved(
+        torch.cat([one.index for one in done]),
+        torch.cat([one.x for one in done]),
+        _Value(*(torch.cat([getattr(value, name) for value in values]) for name in ("smooth", "true", "slope"))),
+    )
+
+
+class _Memory:
+    """L-BFGS pairs of every problem (Nocedal and Wright, "Numerical optimization", 2nd ed., algorithm 7.4).
+
+    The recursion runs over coefficients of the pairs and the gradient, by their inner products, so that its many small
+    steps don't each cross all problems' variables.
+    """
+
+    def __init__(self, count: int, variables: int, like: Tensor) -> None:
+        self._steps = torch.zeros(count, _HISTORY, variables).to(like)
+        self._changes = torch.zeros(count, _HISTORY, variables).to(like)
+        self._used = np.zeros((count, _HISTORY), dtype=bool)
+        self._filled = 0
+
+    def push(self, index: Tensor, step: Tensor, change: Tensor) -> None:
+        """Take up a pair for some of the problems, the oldest going where there is no room."""
+        product = (step * change).sum(1)
+        used = product > 1e-12 * step.norm(dim=1) * change.norm(dim=1)
+        if self._filled == _HISTORY:
+            self._steps, self._changes = self._steps.roll(-1, 1), self._changes.roll(-1, 1)
+            self._used = np.roll(self._used, -1, 1)
+            self._filled -= 1
+        place = self._filled
+        self._steps[:, place], self._changes[:, place], self._used[:, place] = 0.0, 0.0, False
+        self._steps[index, place], self._changes[index, place] = step, change
+        self._used[index.cpu().numpy(), place] = used.cpu().numpy()
+        self._filled += 1
+
+    def direction(self, slope: Tensor, index: Tensor) -> Tensor:
+        """The next step, not longer than `_LONGEST` in any variable."""
+        gradient, count = slope[index], self._filled
+        basis = torch.cat([self._steps[index, :count], self._changes[index, :count], gradient[:, None]], 1)
+        coefficients = self._coefficients((basis @ basis.mT).cpu().numpy(), self._used[index.cpu().numpy(), :count])
+        q = (torch.from_numpy(coefficients).to(basis)[:, None] @ basis)[:, 0]
+        first = 0.1 / gradient.abs().amax(1, keepdim=True).clamp_min(1e-300)
+        downhill = ((q * gradient).sum(1) > 0) & torch.from_numpy(self._used[index.cpu().numpy()].any(1)).to(q.device)
+        q = torch.where(downhill[:, None], q, gradient * first)
+        return -q * (_LONGEST / q.abs().amax(1, keepdim=True).clamp_min(_LONGEST))
+
+    @staticmethod
+    def _coefficients(gram: NDArray[np.float64], used: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Of the steps, the changes and the gradient, in H times the gradient."""
+        problems, count = used.shape
+        found = np.zeros((problems, 2 * count + 1))
+        found[:, -1] = 1.0
+        shares = np.zeros((problems, count))
+        scale = np.ones(problems)
+        products = np.where(used, np.diagonal(gram[:, :count, count : 2 * count], axis1=1, axis2=2), 1.0)
+        for k in range(count - 1, -1, -1):
+            shares[:, k] = np.where(used[:, k], (gram[:, k] * found).sum(1) / products[:, k], 0.0)
+            found[:, count + k] -= shares[:, k]
+        for k in range(count):  # the latest pair that is used sets the scale
+            scale = np.where(used[:, k], products[:, k] / np.maximum(gram[:, count + k, count + k], 1e-300), scale)
+        found *= scale[:, None]
+        for k in range(count):
+            share = (gram[:, count + k] * found).sum(1) / products[:, k]
+            found[:, k] += np.where(used[:, k], shares[:, k] - share, 0.0)
+        return found
