@@ -8,9 +8,9 @@ u_k = sum A_kl xi_l. Differences of the network's numbers make every term of the
 group), so that F >= 0 for all vectors proves ||change of the end||^2 <= sum tau (change of the start)^2: Fazlyab,
 Robey, Hassani, Morari, Pappas, "Efficient and accurate estimation of Lipschitz constants for deep neural networks",
 NeurIPS 2019; for groups: Pauli, Havens, Araujo, Garg, Khorrami, Allgower, Hu, "Novel quadratic constraints for
-extending LipSDP beyond slope-restricted activations", ICLR 2024. In l2 tau is one number; in linf the sum of tau, in place of the
-largest, bounds the square. In l1 a whole matrix Q takes the place of tau, and its largest diagonal entry bounds the
-square: a change along one axis is e_i^T Q e_i at most, and any change is a path of such.
+extending LipSDP beyond slope-restricted activations", ICLR 2024. In l2 tau is one number; in linf the sum of tau, in
+place of the largest, bounds the square. In l1 a whole matrix Q takes the place of tau, and its largest diagonal entry
+bounds the square: a change along one axis is e_i^T Q e_i at most, and any change is a path of such.
 
 The matrix of F, scaled by powers of two, is made in float64 with a bound of all its errors, those of the A_kl and C_k
 included, and proved to be positive by `rounding.proved_below`. A start of more numbers than there are rows that read it
@@ -101,11 +101,13 @@ def prove(
         weights: [start] tau up to a factor, for linf.
 
     Raises:
-        ValueError: a number of multipliers that does not fit the layers.
+        ValueError: a number of multipliers that does not fit the layers, or of weights that does not fit the start.
     """
     held = _checked(net, multipliers)
     if sum(net.sizes[1:]) + min(net.sizes[0], _reading(net)) > _SIDE:
         return Proved(math.inf)
+    if weights is not None and weights.shape not in ((1,), (net.sizes[0],)):
+        raise ValueError(f"weights: expected {net.sizes[0]} numbers, got shape {tuple(weights.shape)}")
     shape = torch.ones(net.sizes[0], dtype=torch.float64)
     if norm == "linf":
         shape = shape / len(shape) if weights is None else weights.double() / weights.sum()
@@ -127,6 +129,55 @@ def prove(
             tau = shape[:1] * level if norm == "l2" else up(shape * level)
             return Proved(up_sqrt(level if norm == "l2" else float(sum_up(tau))), tau)
     return Proved(math.inf)
+
+
+def prove_pairs(
+    net: Neurons,
+    multipliers: Sequence[Tensor],
+    gram: Tensor,  # [end, end]
+    pairs: Sequence[tuple[int, int]],
+    largest: float,
+) -> list[tuple[Proved, tuple[Tensor, ...]]]:
+    """Bounds of differences of two numbers of the end, in l2, by one proof for all, and each pair's own multipliers.
+
+    With H what F is without the end, S about C H^-1 C^T and G^T G about S^-1, one proves ||G end|| <= q ||start||. Then
+    end_i - end_j = w . G end + r . end with any w near G^-T (e_i - e_j) and r = e_i - e_j - G^T w, which leaves
+    |end_i - end_j| <= (||w|| q + ||r|| largest) ||start||. With multipliers times the square of that over q^2, the
+    inequality of the pair holds too.
+
+    Args:
+        net: the part.
+        multipliers: shared by all pairs, for tau = 1.
+        gram: S, of which nothing is asked.
+        pairs: of numbers of the end.
+        largest: a proved bound of ||end|| / ||start||.
+    """
+    nothing = [(Proved(math.inf), tuple(multipliers))] * len(pairs)
+    raised = gram + gram.diagonal().max() * 1e-10 * torch.eye(len(gram), dtype=torch.float64)
+    factor, info = torch.linalg.cholesky_ex((raised + raised.T) / 2)
+    if int(info) != 0 or not bool(torch.isfinite(factor).all()):
+        return nothing
+    mix = torch.linalg.solve_triangular(factor, torch.eye(len(gram), dtype=torch.float64), upper=False)
+    if not _moderate(mix.diagonal()):
+        return nothing
+    whole = prove(net.mixed(mix), multipliers)
+    if whole.weights is None:
+        return nothing
+    found = []
+    for first, second in pairs:
+        wanted = torch.zeros(len(gram), dtype=torch.float64)
+        wanted[first], wanted[second] = 1.0, -1.0
+        w = factor.T @ wanted
+        size = float(norm_up(w))
+        rest = wanted - mix.T @ w
+        rounding = up_mul(gamma(len(gram) + 2), up_add(1.0, up_mul(float(norm_up(mix.flatten())), size)), 2.0)
+        left = up_mul(up_add(float(norm_up(rest)), rounding), largest)
+        upper = up_add(up_mul(size, whole.upper), left)
+        square = up_mul(upper, upper)
+        scale = square / float(whole.weights)
+        own = tuple(one * scale for one in multipliers)
+        found.append((Proved(up_sqrt(square), torch.tensor([square], dtype=torch.float64)), own))
+    return found
 
 
 def _reading(net: Neurons) -> int:
@@ -245,10 +296,10 @@ def _covering(rows: Tensor, size: float, error: float) -> Tensor | None:
     """
     count, length = rows.shape
     gram = rows @ rows.T
-    spread = 2.0**-40
+    spread = max(2.0**-40, 2.0 ** math.ceil(math.log2(error / size))) if 0 < error < size else 2.0**-40
     fixed = up_add(
-        up_mul(error, error, 1 + 2.0**40 * 1.01),
-        up_mul(gamma(length + 2), size, size, 1.01),
+        up_mul(error, error, 1 + 1.01 / spread),
+        up_mul(gamma(length + 2), size, size, 2.01),
         up_mul(float(length * count), _LOST),
     )
     wanted = gram * (1 + 2 * spread)
@@ -261,7 +312,7 @@ def _covering(rows: Tensor, size: float, error: float) -> Tensor | None:
             continue
         length_of_factor = float(norm_up(factor.flatten()))
         rounding = up_mul(gamma(count + 2), length_of_factor, length_of_factor)
-        scaled = up_mul(2 * UNIT, size, size, 1.01)  # of (1 + spread) * gram
+        scaled = up_mul(4 * UNIT, size, size, 1.01)  # of (1 + spread) * gram
         rest = factor @ factor.T - (1 + spread) * gram
         needed = up_add(fixed, rounding, scaled, up_mul(4 * UNIT, float(norm_up(rest.flatten()))))
         level = -up_mul(needed, 1.01) - cholesky_factor(count, torch.float64) * float(rest.diagonal().sum().abs()) * 2

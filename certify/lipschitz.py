@@ -27,7 +27,7 @@ from .sdp import Attempt, Found, Tightener
 from .spectral import bracket
 from .walk import Place, Walk
 
-METHODS = ("product", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "local", "auto")
+METHODS = ("product", "closed-form", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "local", "auto")
 _ROOT_2 = 1.4142135623730951  # rounded up
 _ESTIMATE = 1e-7  # relative rounding of an estimate from below, in float64
 _ASCENT = 80  # steps of the search for the largest Jacobian
@@ -131,9 +131,10 @@ def lipschitz(
     Args:
         model: any module whose operations have rules, in eval mode.
         input_shape: shape of one input, without the batch.
-        method: "product"; "lipsdp" and "lipsdp-layer", by an interior-point solver, for small networks;
-            "lipsdp-first-order", by descent; "auto", the best that the budget allows, which is what "local" takes too,
-            whose own part depends on the sample (see `local`). Each keeps the product where that is smaller.
+        method: "product"; "closed-form", LipSDP with multipliers that need no search; "lipsdp" and "lipsdp-layer", by an
+            interior-point solver, for small networks; "lipsdp-first-order", by descent; "auto", the best that the
+            budget allows, which is what "local" takes too, whose own part depends on the sample (see `local`). Each
+            keeps the product where that is smaller.
         norm: "l2", "linf" or "l1".
         points: [B, *input_shape] from which to look for the largest Jacobian norm, in float64, at the points alone for
             "product" and by ascent from there for the others; None leaves `lower` at 0.

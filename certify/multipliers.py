@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,14 +30,17 @@ from torch import Tensor
 
 from .neurons import Neurons
 
-POWERS = (20.0, 100.0, 500.0, 3000.0)
+# Powers of the p-norm one after another, and the test for the end of each: the least gain in the logarithm over
+# `_PATIENCE` steps. A p-norm exceeds the maximum of n by up to n^(1/p), which need not be worked out finely.
+SCHEDULE = ((20.0, 1e-3), (100.0, 2e-4), (500.0, 5e-5), (3000.0, 1e-5), (3000.0, 1e-6))
 _HISTORY = 20
 _MOST_STEPS = 300  # a power
-_IMPROVEMENT = 2e-6  # of the logarithm, over `_PATIENCE` steps: the test for an end
 _PATIENCE = 5
 _FALL = 1e-4  # Armijo's constant
 _LONGEST = 1.0  # step in a logarithm
 _SEARCH = 14
+_FIELDS = ("smooth", "true", "slope", "logs")
+_OUTSIDE = 1 + 1e-9  # keeps S_k > 0 where its factor is fitted
 _KEPT = 1e-8  # share of the largest weight below which a direction adds nothing
 
 
@@ -51,6 +55,33 @@ class _Level:
     high: Tensor
     tied: Tensor
     count: int
+
+
+class Searched(Protocol):
+    """A batch of functions to minimise, each of the same number of variables."""
+
+    @property
+    def count(self) -> int:
+        """How many."""
+
+    def chosen(self, index: Tensor) -> Searched:
+        """Some of them."""
+
+    def evaluate(self, x: Tensor, power: float) -> Value:
+        """All of them, each at its own row of x."""
+
+
+@dataclass(eq=False)
+class Value:
+    """What one evaluation gives: [P] the logarithm that is minimised (inf outside its domain), [P] that of the bound's
+    square, [P, variables] the derivatives, and [P, variables] the logarithms of the multipliers and weights that the
+    bound holds for.
+    """
+
+    smooth: Tensor
+    true: Tensor
+    slope: Tensor
+    logs: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +115,36 @@ class Problem:
     def chosen(self, index: Tensor) -> Problem:
         """Some of the problems."""
         return replace(self, ends={source: end[index] for source, end in self.ends.items()})
+
+    def evaluate(self, x: Tensor, power: float) -> Value:
+        """The p-norm of each problem's bound.
+
+        x: [P, variables] logarithms of the multipliers, layer by layer, and in linf of the weights. Those of a layer
+        with c = 0 that no R_kl crosses count up to a factor: its S_k does not enter the value, which is least where
+        S_k is singular, so that the factor is the p-norm of the eigenvalues of D^-1/2 R D^-1/2.
+        """
+        counts = [level.count for level in self.levels]
+        logs = torch.split(x, [*counts, x.shape[1] - sum(counts)], 1)
+        taken = [part.exp() for part in logs[:-1]]
+        fitted: dict[int, _Spectrum] = {}
+
+        def choose(k: int, form: Tensor, crossed: bool) -> Tensor:
+            level = self.levels[k]
+            if not crossed and not bool(level.middle.any()):
+                root = (-logs[k][:, level.tied] / 2).exp()
+                fitted[k] = _eigenvalues(root[:, :, None] * form * root[:, None], power)
+                taken[k] = taken[k] * (fitted[k].smooth.exp() * _OUTSIDE)[:, None]
+            return taken[k]
+
+        passed = _eliminate(self, choose)
+        smooth, true, directions, by_weights = _objective(self, passed.rest, logs[-1], power)
+        slopes = _gradient(self, passed, directions, taken, fitted, list(logs[:-1]))
+        slope = torch.cat([*slopes, by_weights], 1)
+        sound = passed.fine & torch.isfinite(passed.rest).all(2).all(1)
+        sound &= torch.isfinite(smooth) & torch.isfinite(slope).all(1)
+        smooth, true = (torch.where(sound, value, math.inf) for value in (smooth, true))
+        found = torch.cat([*(part.log() for part in taken), logs[-1]], 1)
+        return Value(smooth, true, torch.where(sound[:, None], slope, 0.0), found)
 
 
 def problem(
@@ -125,7 +186,7 @@ def problem(
 
 def _root(gram: Tensor) -> Tensor:
     """About a G with G G^T the Gram matrix."""
-    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = torch.linalg.eigh(gram.nan_to_num(0.0, 0.0, 0.0))
     root: Tensor = vectors * values.clamp_min(0).sqrt()
     return root
 
@@ -185,40 +246,133 @@ def _eliminate(given: Problem, choose: Callable[[int, Tensor, bool], Tensor]) ->
     return _Passed(rest, fine, factors[::-1])
 
 
-def _gradient(given: Problem, passed: _Passed, directions: Tensor) -> list[Tensor]:
-    """Derivatives by the multipliers, [P, multipliers] a layer, for directions [P, r, e] of the start."""
+def _gradient(
+    given: Problem,
+    passed: _Passed,
+    directions: Tensor,
+    multipliers: Sequence[Tensor],
+    fitted: Mapping[int, _Spectrum],
+    logs: Sequence[Tensor],
+) -> list[Tensor]:
+    """Derivatives by the logarithms, [P, multipliers] a layer, for directions [P, r, e] of the start."""
     numbers = {0: directions}
     found = []
     for k, (level, (factor, solved)) in enumerate(zip(given.levels, passed.factors, strict=True), start=1):
         pulled = sum((row @ numbers[source] for source, row in solved.items()), directions.new_zeros(()))
-        xi = torch.linalg.solve_triangular(factor.mT, pulled, upper=True)
-        u = sum((matrix @ numbers[s] for s, matrix in level.matrices.items()), directions.new_zeros(()))
-        numbers[k] = xi
-        each = ((xi - level.low[:, None] * u) * (level.high[:, None] * u - xi)).sum(-1)
-        found.append(torch.zeros(len(each), level.count).to(each).index_add_(1, level.tied, each))
+        numbers[k] = torch.linalg.solve_triangular(factor.mT, pulled, upper=True)
+        slope = _by_multipliers(level, k, numbers) * multipliers[k - 1]
+        if k - 1 in fitted:
+            spectrum, total = fitted[k - 1], slope.sum(1, keepdim=True).clamp_min(0)
+            slope = slope - total * _gathered(level, (spectrum.vectors.square() * spectrum.portions[:, None]).sum(2))
+            _follow(numbers, k, spectrum, total, logs[k - 1][:, level.tied])
+        found.append(slope)
     return found
 
 
-@dataclass(eq=False)
-class _Value:
-    smooth: Tensor  # [P] the logarithm that is minimised; inf outside
-    true: Tensor  # [P] the logarithm of the bound's square
-    slope: Tensor  # [P, variables]
+def _by_multipliers(level: _Level, k: int, numbers: Mapping[int, Tensor]) -> Tensor:
+    """(xi - a u)(b u - xi), summed over the directions and over what shares a multiplier."""
+    xi = numbers[k]
+    u = sum((matrix @ numbers[s] for s, matrix in level.matrices.items()), xi.new_zeros(()))
+    return _gathered(level, ((xi - level.low[:, None] * u) * (level.high[:, None] * u - xi)).sum(-1))
 
 
-def _evaluate(given: Problem, x: Tensor, power: float) -> _Value:
-    """x: [P, variables] logarithms of the multipliers, layer by layer, and in linf of the weights."""
-    counts = [level.count for level in given.levels]
-    weights = x.shape[1] - sum(counts)
-    logs = torch.split(x, [*counts, weights], 1)
-    multipliers = [part.exp() for part in logs[:-1]]
-    passed = _eliminate(given, lambda k, form, crossed: multipliers[k])
-    smooth, true, directions, by_weights = _objective(given, passed.rest, logs[-1], power)
-    slopes = [g * d for g, d in zip(_gradient(given, passed, directions), multipliers, strict=True)]
-    slope = torch.cat([*slopes, by_weights], 1)
-    sound = passed.fine & torch.isfinite(smooth) & torch.isfinite(slope).all(1)
-    smooth, true = (torch.where(sound, value, math.inf) for value in (smooth, true))
-    return _Value(smooth, true, torch.where(sound[:, None], slope, 0.0))
+def _gathered(level: _Level, each: Tensor) -> Tensor:
+    return torch.zeros(len(each), level.count).to(each).index_add_(1, level.tied, each)
+
+
+def _follow(numbers: dict[int, Tensor], k: int, spectrum: _Spectrum, total: Tensor, logs: Tensor) -> None:
+    """Add the directions in which R_kk moves a fitted layer's factor, and with it the value."""
+    more = (-logs / 2).exp()[:, :, None] * spectrum.vectors * (total * spectrum.slopes).sqrt()[:, None]
+    for source in range(k):
+        known = numbers[source]
+        numbers[source] = torch.cat([known, known.new_zeros(*known.shape[:2], more.shape[2])], 2)
+    numbers[k] = torch.cat([numbers[k], more], 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """One set of multipliers for all pairs: minimises the mean logarithm of their bounds' squares, in l2.
+
+    With H what F is without the end and with Q = I, s H - c c^T >= 0 exactly where s >= c^T H^-1 c: one factorisation
+    gives the least s of every row c, whose own multipliers are s times the shared ones.
+    """
+
+    whole: Problem
+    first: Tensor  # [pairs]
+    second: Tensor
+
+    @property
+    def count(self) -> int:
+        """One."""
+        return 1
+
+    def chosen(self, index: Tensor) -> Shared:
+        """The one."""
+        return self
+
+    def evaluate(self, x: Tensor, power: float) -> Value:
+        """See `Searched`; there is no p-norm here."""
+        squares, slope, _ = self.squares(x)
+        logs = squares.log().mean(1)
+        sound = torch.isfinite(logs) & torch.isfinite(slope).all(1)
+        value = torch.where(sound, logs, math.inf)
+        return Value(value, value, torch.where(sound[:, None], slope, 0.0), x)
+
+    def squares(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[1, pairs] the least s, NaN where H > 0 fails; the derivative of the mean logarithm; C H^-1 C^T."""
+        counts = [level.count for level in self.whole.levels]
+        multipliers = [part.exp() for part in torch.split(x, counts, 1)]
+        nothing = {source: torch.zeros_like(end[:, :1]) for source, end in self.whole.ends.items()}
+        passed = _eliminate(replace(self.whole, ends=nothing), lambda k, form, crossed: multipliers[k])
+        solved = _solved(self.whole, passed)
+        form = sum((end @ solved[source] for source, end in self.whole.ends.items()), x.new_zeros(()))
+        diagonal = form.diagonal(dim1=1, dim2=2)
+        squares = diagonal[:, self.first] + diagonal[:, self.second] - 2 * form[:, self.first, self.second]
+        squares = torch.where(squares > 0, squares, math.nan)
+        weights = torch.zeros_like(form)
+        weights[:, self.first, self.second] = 1 / (squares * squares.shape[1])
+        weights = weights + weights.mT
+        laplacian = torch.diag_embed(weights.sum(2)) - weights
+        root = _root(laplacian)
+        numbers = {source: values @ root for source, values in solved.items()}
+        levels = enumerate(self.whole.levels, start=1)
+        slopes = [_by_multipliers(level, k, numbers) * multipliers[k - 1] for k, level in levels]
+        return squares, torch.cat(slopes, 1), form
+
+
+def _solved(given: Problem, passed: _Passed) -> dict[int, Tensor]:
+    """H^-1 C^T by group, NaN where H > 0 fails; `passed` is for H, whose end is nothing."""
+    rest = {source: end.mT for source, end in given.ends.items()}
+    halves: dict[int, Tensor] = {}
+    zero = next(iter(given.ends.values())).new_zeros(())
+    for k in range(len(given.levels), 0, -1):
+        factor, solved = passed.factors[k - 1]
+        right = rest.get(k)
+        halves[k] = zero if right is None else torch.linalg.solve_triangular(factor, right, upper=False)
+        if right is not None:
+            for source, row in solved.items():
+                rest[source] = rest.get(source, zero) + row.mT @ halves[k]
+    size = given.sizes[0]
+    left = torch.eye(size).to(passed.rest) - (passed.rest + passed.rest.mT) / 2
+    factor, failed = torch.linalg.cholesky_ex(left.nan_to_num(0.0, 0.0, 0.0))
+    outside = ~passed.fine | (failed != 0)
+    columns = next(iter(given.ends.values())).shape[1]
+    right = rest.get(0)
+    right = passed.rest.new_zeros(len(left), size, columns) if right is None else right
+    found = {0: torch.cholesky_solve(right, factor).masked_fill(outside[:, None, None], math.nan)}
+    for k, (factor, solved) in enumerate(passed.factors, start=1):
+        total = halves[k] + sum((row @ found[source] for source, row in solved.items()), zero)
+        found[k] = torch.linalg.solve_triangular(factor.mT, total, upper=True)
+    return found
+
+
+def shared(net: Neurons, pairs: Sequence[tuple[int, int]], device: torch.device | str = "cpu") -> Shared | None:
+    """The search for one set of multipliers; None where a layer has c = 0, whose optimum is on the boundary."""
+    whole = problem(net, None, "l2", device)
+    if not all(bool(level.middle.any()) for level in whole.levels):
+        return None
+    first, second = (torch.tensor(side, device=device) for side in zip(*pairs, strict=True))
+    return Shared(whole, first, second)
 
 
 def _objective(given: Problem, rest: Tensor, weights: Tensor, power: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -256,7 +410,7 @@ class _Spectrum:
 
 
 def _eigenvalues(form: Tensor, power: float) -> _Spectrum:
-    values, vectors = torch.linalg.eigh(form)
+    values, vectors = torch.linalg.eigh(form.nan_to_num(0.0, 0.0, 0.0))
     largest = values[:, -1:].clamp_min(1e-300)
     shares = (values.clamp_min(0) / largest) ** power
     total = shares.sum(1, keepdim=True)
@@ -293,7 +447,7 @@ def initial(given: Problem) -> Tensor:
 
     def choose(k: int, form: Tensor, crossed: bool) -> Tensor:
         level = given.levels[k]
-        largest = torch.linalg.eigvalsh(form)[:, -1].clamp_min(1e-290)
+        largest = torch.linalg.eigvalsh(form.nan_to_num(0.0, 0.0, 0.0))[:, -1].clamp_min(1e-290)
         half = float((level.high - level.low).max()) / 2
         ratio = min(1e6, 1 + max(float(level.middle.abs().max()) / max(half, 1e-9), 1.0 if crossed else 1e-4))
         chosen: Tensor = (largest * ratio)[:, None].expand(-1, level.count)
@@ -309,10 +463,10 @@ def initial(given: Problem) -> Tensor:
 
 
 def search(
-    given: Problem,
+    given: Searched,
     start: Tensor,  # [P, variables]
     deadline: float,
-    powers: Sequence[float] = POWERS,
+    schedule: Sequence[tuple[float, float]] = SCHEDULE,
 ) -> Tensor:  # [P, variables] the best found
     """Minimise by L-BFGS with backtracking, each problem of the batch on its own, from `start` on.
 
@@ -320,21 +474,21 @@ def search(
         given: the problems.
         start: logarithms inside the domain; a problem whose start is outside stays there.
         deadline: `time.monotonic()` at which to stop with the best so far.
-        powers: of the p-norm, one after another.
+        schedule: powers of the p-norm, one after another, and the least gain over some steps that goes on.
     """
     best, least = start.clone(), torch.full((given.count,), math.inf).to(start)
-    for power in powers:
+    for power, gain in schedule:
         if time.monotonic() > deadline:
             break
-        _minimise(given, best, least, power, deadline)
+        _minimise(given, best, least, power, gain, deadline)
     return best
 
 
-def _minimise(given: Problem, best: Tensor, least: Tensor, power: float, deadline: float) -> None:
+def _minimise(given: Searched, best: Tensor, least: Tensor, power: float, gain: float, deadline: float) -> None:
     """Minimise one p-norm, starting from `best`; `best` and `least` keep what has the smallest true value."""
     x = best.clone()
-    now = _evaluate(given, x, power)
-    _keep(best, least, x, now, slice(None))
+    now = given.evaluate(x, power)
+    _keep(best, least, now, slice(None))
     memory = _Memory(given.count, x.shape[1], x)
     active = torch.nonzero(torch.isfinite(now.smooth)).flatten()
     trail = [now.smooth.clone()]
@@ -348,19 +502,19 @@ def _minimise(given: Problem, best: Tensor, least: Tensor, power: float, deadlin
         index = moved.index
         memory.push(index, moved.x - x[index], moved.value.slope - now.slope[index])
         x[index] = moved.x
-        for name in ("smooth", "true", "slope"):
+        for name in _FIELDS:
             getattr(now, name)[index] = getattr(moved.value, name)
-        _keep(best, least, moved.x, moved.value, index)
+        _keep(best, least, moved.value, index)
         trail.append(now.smooth.clone())
         if len(trail) > _PATIENCE:
             gained = trail[-1 - _PATIENCE][index] - now.smooth[index]
-            index = index[gained > _IMPROVEMENT]
+            index = index[gained > gain]
         active = index
 
 
-def _keep(best: Tensor, least: Tensor, x: Tensor, value: _Value, index: Tensor | slice) -> None:
+def _keep(best: Tensor, least: Tensor, value: Value, index: Tensor | slice) -> None:
     better = value.true < least[index]
-    best[index] = torch.where(better[:, None], x, best[index])
+    best[index] = torch.where(better[:, None], value.logs, best[index])
     least[index] = torch.where(better, value.true, least[index])
 
 
@@ -368,11 +522,11 @@ def _keep(best: Tensor, least: Tensor, x: Tensor, value: _Value, index: Tensor |
 class _Moved:
     index: Tensor
     x: Tensor
-    value: _Value
+    value: Value
 
 
 def _search_line(
-    given: Problem, x: Tensor, now: _Value, step: Tensor, active: Tensor, power: float, deadline: float
+    given: Searched, x: Tensor, now: Value, step: Tensor, active: Tensor, power: float, deadline: float
 ) -> _Moved:
     """Backtracking from the whole step; problems for which no step helps drop out."""
     descent = (now.slope[active] * step).sum(1)
@@ -382,9 +536,9 @@ def _search_line(
     for _ in range(_SEARCH):
         index = active[left]
         tried = x[index] + length[left][:, None] * step[left]
-        value = _evaluate(given.chosen(index), tried, power)
+        value = given.chosen(index).evaluate(tried, power)
         good = value.smooth <= now.smooth[index] + _FALL * length[left] * descent[left]
-        part = _Value(value.smooth[good], value.true[good], value.slope[good])
+        part = Value(value.smooth[good], value.true[good], value.slope[good], value.logs[good])
         done.append(_Moved(index[good], tried[good], part))
         outside = torch.isinf(value.smooth)
         length[left] *= torch.where(outside, 0.25, 0.5)
@@ -395,7 +549,7 @@ def _search_line(
     return _Moved(
         torch.cat([one.index for one in done]),
         torch.cat([one.x for one in done]),
-        _Value(*(torch.cat([getattr(value, name) for value in values]) for name in ("smooth", "true", "slope"))),
+        Value(*(torch.cat([getattr(value, name) for value in values]) for name in _FIELDS)),
     )
 
 

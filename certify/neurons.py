@@ -20,11 +20,13 @@ from torch import Tensor, fx
 
 from .graph import Graph
 from .linear import Diagonal, LinearMap, Reindex, add, chain, float64, identity
-from .rounding import norm_up, up_add, up_mul, up_sqrt
+from .rounding import gamma, largest_entry, norm_up, up_add, up_mul, up_sqrt
 from .slopes import Slopes, slopes_of
 from .walk import CONCATS, DIFFERENCES, SUMS, Place, Walk
 
 _ENTRIES = 1 << 25  # of one matrix
+_LARGEST = 2.0**100  # entry of a matrix
+_LOST = 2.0**-900  # more than underflow takes from a product of moderate numbers
 _AT_ONCE = 1 << 24  # entries of a batch of unit vectors and their images
 
 
@@ -104,6 +106,19 @@ class Neurons:
     sizes: tuple[int, ...]
     layers: tuple[Layer, ...]
     output: tuple[Part, ...]
+
+    def mixed(
+        self,
+        rows: Tensor,  # [m, end]
+    ) -> Neurons:
+        """The same with rows @ end as the end."""
+        size = float(norm_up(rows.flatten()))
+        parts = []
+        for part in self.output:
+            rounding = up_mul(gamma(rows.shape[1] + 2), size, float(norm_up(part.matrix.flatten())))
+            lost = up_mul(float(rows.numel() * part.matrix.shape[1]), _LOST)
+            parts.append(Part(part.source, rows @ part.matrix, up_add(rounding, lost, up_mul(size, part.error))))
+        return replace(self, output=tuple(parts))
 
     def pair(self, first: int, second: int) -> Neurons:
         """The same with the difference of two numbers of the end as the end, a row."""
@@ -277,7 +292,13 @@ def _part(term: Term, sizes: tuple[int, ...]) -> Part:
             raise NoForm(f"a matrix of {size} x {size} is too large")
         return Part(term.source, torch.eye(size, dtype=torch.float64))
     linear = float64(term.operator)
-    return Part(term.source, _matrix(linear), linear.matrix_error("l2"))
+    matrix = _matrix(linear)
+    if not largest_entry(matrix) < _LARGEST:
+        raise NoForm(f"a weight of {largest_entry(matrix):.1e} is too large")
+    try:
+        return Part(term.source, matrix, linear.matrix_error("l2"))
+    except ValueError as reason:  # of maps that have no bound of their rounding
+        raise NoForm(str(reason)) from reason
 
 
 def _matrix(linear: LinearMap) -> Tensor:

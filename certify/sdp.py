@@ -18,12 +18,12 @@ from torch import Tensor, fx
 
 from .arithmetic import proving
 from .graph import Graph
-from .inequality import Proved, Relaxation, prove
+from .inequality import Proved, Relaxation, prove, prove_pairs
 from .interior_point import SolverFailed, solve
 from .linear import float64
-from .multipliers import POWERS, Problem, initial, problem, search
+from .multipliers import SCHEDULE, Problem, initial, problem, search, shared
 from .neurons import Form, Neurons, NoForm, form, neurons
-from .rounding import up_mul
+from .rounding import up_div, up_mul
 from .walk import Walk
 
 SDP_METHODS = ("closed-form", "lipsdp", "lipsdp-layer", "lipsdp-first-order")
@@ -31,6 +31,8 @@ MOST_PAIRS = 256
 _SHARE = 0.4  # of the time that the search for the whole end may take before the pairs
 _BATCH = 1 << 26  # float64 numbers in the blocks of one batch of pairs
 _SPEED = 2e10  # multiplications a second, about: to tell what can't be done in time
+_INSIDE = 1e-6  # of a logarithm
+_WORTHWHILE = 0.2  # share of the time that a search of each pair must have
 _GRACE = 0.1  # of the budget, for proofs that take longer than planned
 _EVALUATIONS = 40  # fewest for which a search is worth while
 
@@ -89,7 +91,8 @@ def first_order(
 ) -> list[Proposal]:
     """Multipliers by first-order descent, for the whole end or one proposal a pair.
 
-    Pairs start from the multipliers of the whole end, doubled: ||e_i - e_j||^2 = 2 keeps these inside.
+    Pairs start from multipliers that are searched for all of them together, or from those of the whole end, doubled:
+    ||e_i - e_j||^2 = 2 keeps these inside.
 
     Args:
         net: the network.
@@ -107,16 +110,46 @@ def first_order(
     if warm is None:
         start = search(whole, start, time.monotonic() + _SHARE * seconds)
     counts = sum(level.count for level in whole.levels)
-    start = torch.cat([start[:, :counts] + math.log(2.0), start[:, counts:]], 1)
+    starts = torch.cat([start[:, :counts] + math.log(2.0), start[:, counts:]], 1).expand(len(pairs), -1)
+    together = _together(net, pairs, start, seconds_left(deadline) * _SHARE, device) if norm == "l2" else None
+    if together is not None:
+        starts = together.logs + together.squares.T.log()
     given = problem(net, pairs, norm, device)
     step = max(1, _BATCH // max(1, sum(size * size for size in given.sizes)))
     parts = torch.split(torch.arange(len(pairs), device=start.device), step)
     found = []
     for position, part in enumerate(parts):
         share = (deadline - time.monotonic()) / (len(parts) - position)
-        chosen = given.chosen(part)
-        found.append(search(chosen, start.expand(len(part), -1), time.monotonic() + max(share, 0.0), POWERS[1:]))
+        found.append(search(given.chosen(part), starts[part], time.monotonic() + max(share, 0.0), SCHEDULE[1:]))
     return _proposals(given, torch.cat(found))
+
+
+def seconds_left(deadline: float) -> float:
+    """From now on, at least 0."""
+    return max(0.0, deadline - time.monotonic())
+
+
+@dataclass(frozen=True)
+class Together:
+    """Multipliers for all pairs at once: their logarithms [1, multipliers], the squares of the bounds, C H^-1 C^T."""
+
+    logs: Tensor
+    squares: Tensor  # [1, pairs]
+    gram: Tensor  # [end, end]
+
+
+def _together(
+    net: Neurons, pairs: Sequence[tuple[int, int]], start: Tensor, seconds: float, device: torch.device | str
+) -> Together | None:
+    """A search from multipliers of the whole end; None where there is none, see `multipliers.shared`."""
+    given = shared(net, pairs, device)
+    if given is None:
+        return None
+    # F > 0 for the whole end in place of H > 0: multipliers in units of the bound's square are inside
+    inside = start - given.whole.evaluate(start, SCHEDULE[-1][0]).true[:, None] - _INSIDE
+    best = search(given, inside, time.monotonic() + seconds, SCHEDULE[-1:])
+    squares, _, gram = given.squares(best)
+    return Together(best, squares, gram[0]) if bool(torch.isfinite(squares).all()) else None
 
 
 def _logarithms(given: Problem, proposal: Proposal) -> Tensor:
@@ -135,6 +168,17 @@ def _proposals(given: Problem, logs: Tensor) -> list[Proposal]:
     ]
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """What is bounded: the network from `start` to the output, the norm at its start, by which method."""
+
+    start: fx.Node
+    net: Neurons
+    norm: str
+    method: str
+    pairs: list[tuple[int, int]]
+
+
 class Tightener:
     """A traced network and its product bounds, to be tightened.
 
@@ -151,7 +195,6 @@ class Tightener:
         few = classes * (classes - 1) <= 2 * MOST_PAIRS
         self._pairs = list(itertools.combinations(range(classes), 2)) if few else []
         self._nets: dict[fx.Node, Neurons] = {}
-        self._proof_seconds = 0.0
 
     @proving()
     def tighten(self, method: str, norm: str, budget: float, device: torch.device | str = "cpu") -> Found:
@@ -165,12 +208,22 @@ class Tightener:
         """
         deadline = time.monotonic() + budget
         found = Found()
-        steps = ("closed-form", "lipsdp-first-order") if method in ("auto", "local") else (method,)
-        for step in steps:
-            self._run(step, norm, deadline, device, found)
+        if method in ("auto", "local"):
+            self._run("closed-form", norm, deadline, device, found, pairs=False)  # its own start: pairs come after it
+            method = "lipsdp-first-order"
+        self._run(method, norm, deadline, device, found, pairs=True)
         return found
 
-    def _run(self, method: str, norm: str, deadline: float, device: torch.device | str, found: Found) -> None:
+    def _run(
+        self,
+        method: str,
+        norm: str,
+        deadline: float,
+        device: torch.device | str,
+        found: Found,
+        *,
+        pairs: bool,
+    ) -> None:
         begin = time.monotonic()
         try:
             start, net = self._part(method, norm, deadline - begin)
@@ -180,70 +233,108 @@ class Tightener:
         inner = norm if start is self._graph.input else "l2"
         proved: list[Relaxation] = []
         note = "" if start is self._graph.input else f"behind {start.name}, times the product up to there"
+        part = _Part(start, net, inner, method, self._pairs if pairs else [])
         try:
-            for pair, proposal in self._proposals(method, net, inner, deadline, device):
-                part, proving_from = net if pair is None else net.pair(*pair), time.monotonic()
-                result = prove(part, proposal.multipliers, inner, proposal.weights)
-                self._proof_seconds = time.monotonic() - proving_from
-                if result.upper < math.inf:
-                    proved.append(self._relaxation(start, pair, inner, proposal, result, method))
-                if time.monotonic() > deadline + _GRACE * (deadline - begin) and pair is not None:
-                    note = _joined(note, "stopped by the budget")
-                    break
+            for one in self._proofs(part, deadline, device):
+                proved += [] if one is None else [one]
         except SolverFailed as reason:
             note = _joined(note, str(reason))
+        if part.pairs and len({one.pair for one in proved} - {None}) < len(part.pairs):
+            note = _joined(note, "pairs stopped by the budget" if proved else "")
         found.relaxations += proved
         upper = min((one.upper for one in proved if one.pair is None), default=math.inf)
-        largest = max((one.upper for one in proved if one.pair is not None), default=math.inf)
+        best: dict[tuple[int, int], float] = {}
+        for one in proved:
+            if one.pair is not None:
+                best[one.pair] = min(one.upper, best.get(one.pair, math.inf))
+        largest = max(best.values()) if best and len(best) == len(part.pairs) else math.inf
         found.attempts.append(Attempt(method, upper, largest, time.monotonic() - begin, bool(proved), note))
 
-    def _proposals(
-        self,
-        method: str,
-        net: Neurons,
-        norm: str,
-        deadline: float,
-        device: torch.device | str,
-    ) -> Iterator[tuple[tuple[int, int] | None, Proposal]]:
-        """Proposals for the whole end, then for the pairs; those of the whole serve for pairs too (doubled)."""
-        left = deadline - time.monotonic()
-        if method == "closed-form":
-            yield None, closed_form(net, None, norm)[0]
-            yield from zip(self._pairs, closed_form(net, self._pairs, norm) if self._pairs else [], strict=True)
-        elif method == "lipsdp-first-order":
-            (whole,) = first_order(net, None, norm, seconds=_SHARE * left if self._pairs else left, device=device)
-            yield None, whole
-            if self._pairs:
-                left = deadline - time.monotonic() - self._proof_seconds * len(self._pairs)
-                found = first_order(net, self._pairs, norm, seconds=left, device=device, warm=whole)
-                yield from zip(self._pairs, found, strict=True)
-        else:
-            coupling = "layer" if method == "lipsdp-layer" else "neuron"
-            yield None, self._solved(net, coupling, norm, left)
-            for pair in self._pairs:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return
-                yield pair, self._solved(net.pair(*pair), coupling, norm, left)
+    def _proofs(self, part: _Part, deadline: float, device: torch.device | str) -> Iterator[Relaxation | None]:
+        """Proofs of the whole end, then of the pairs; None where one fails."""
+        if part.method == "lipsdp-first-order":
+            yield from self._descended(part, deadline, device)
+            return
+        for pair, proposal in self._proposals(part, deadline):
+            yield self._proof(part, pair, proposal)
 
-    def _solved(self, net: Neurons, coupling: str, norm: str, seconds: float) -> Proposal:
+    def _descended(self, part: _Part, deadline: float, device: torch.device | str) -> Iterator[Relaxation | None]:
+        net, norm = part.net, part.norm
+        left = seconds_left(deadline)
+        (whole,) = first_order(net, None, norm, seconds=_SHARE * left if part.pairs else left, device=device)
+        begin = time.monotonic()
+        relaxation = self._proof(part, None, whole)
+        proof_seconds = time.monotonic() - begin
+        yield relaxation
+        if not part.pairs:
+            return
+        if norm == "l2" and relaxation is not None:
+            yield from self._shared(part, whole, relaxation, seconds_left(deadline) * _SHARE, device)
+        # one by one only where all proofs fit and the search is left a good part
+        left = seconds_left(deadline) - proof_seconds * len(part.pairs)
+        if left < (deadline - begin) * _WORTHWHILE:
+            return
+        found = first_order(net, part.pairs, norm, seconds=left, device=device, warm=whole)
+        for pair, proposal in zip(part.pairs, found, strict=True):
+            yield self._proof(part, pair, proposal)
+            if time.monotonic() > deadline + _GRACE * left:
+                return
+
+    def _shared(
+        self, part: _Part, whole: Proposal, proved: Relaxation, seconds: float, device: torch.device | str
+    ) -> Iterator[Relaxation | None]:
+        """All pairs by one proof."""
+        given = problem(part.net, None, part.norm, device)
+        together = _together(part.net, part.pairs, _logarithms(given, whole), seconds, device)
+        if together is None:
+            return
+        (own,) = _proposals(given, together.logs)
+        largest = up_div(proved.upper, proved.start_constant) if proved.start_constant > 0 else math.inf
+        results = prove_pairs(part.net, own.multipliers, together.gram.cpu(), part.pairs, largest)
+        for pair, (result, multipliers) in zip(part.pairs, results, strict=True):
+            yield self._relaxation(part, pair, Proposal(multipliers), result)
+
+    def _proof(self, part: _Part, pair: tuple[int, int] | None, proposal: Proposal) -> Relaxation | None:
+        net = part.net if pair is None else part.net.pair(*pair)
+        return self._relaxation(part, pair, proposal, prove(net, proposal.multipliers, part.norm, proposal.weights))
+
+    def _proposals(self, part: _Part, deadline: float) -> Iterator[tuple[tuple[int, int] | None, Proposal]]:
+        """Proposals of a closed form or a solver for the whole end, then for the pairs."""
+        net, norm = part.net, part.norm
+        if part.method == "closed-form":
+            yield None, closed_form(net, None, norm)[0]
+            yield from zip(part.pairs, closed_form(net, part.pairs, norm) if part.pairs else [], strict=True)
+            return
+        yield None, self._solved(part, net, seconds_left(deadline))
+        for pair in part.pairs:
+            if not (left := seconds_left(deadline)):
+                return
+            yield pair, self._solved(part, net.pair(*pair), left)
+
+    def _solved(self, part: _Part, net: Neurons, seconds: float) -> Proposal:
         """The solver's proposal; in l1, for which it has no program, that for l2."""
-        found = solve(net, norm="l2" if norm == "l1" else norm, coupling=coupling, solver=self._solver, seconds=seconds)
-        return Proposal(tuple(found[: len(net.layers)]), found[-1] if norm == "linf" else None)
+        coupling = "layer" if part.method == "lipsdp-layer" else "neuron"
+        norm = "l2" if part.norm == "l1" else part.norm
+        found = solve(net, norm=norm, coupling=coupling, solver=self._solver, seconds=seconds)
+        return Proposal(tuple(found[: len(net.layers)]), found[-1] if len(found) > len(net.layers) else None)
 
     def _relaxation(
-        self,
-        start: fx.Node,
-        pair: tuple[int, int] | None,
-        norm: str,
-        proposal: Proposal,
-        result: Proved,
-        method: str,
-    ) -> Relaxation:
-        constant = 1.0 if start is self._graph.input else self._constants[start.name]
-        upper = up_mul(constant, result.upper)
-        end = self._graph.output.name
-        return Relaxation(norm, start.name, end, pair, constant, upper, proposal.multipliers, result.weights, method)
+        self, part: _Part, pair: tuple[int, int] | None, proposal: Proposal, result: Proved
+    ) -> Relaxation | None:
+        if not result.upper < math.inf:
+            return None
+        constant = 1.0 if part.start is self._graph.input else self._constants[part.start.name]
+        return Relaxation(
+            part.norm,
+            part.start.name,
+            self._graph.output.name,
+            pair,
+            constant,
+            up_mul(constant, result.upper),
+            proposal.multipliers,
+            result.weights,
+            part.method,
+        )
 
     def _part(self, method: str, norm: str, seconds: float) -> tuple[fx.Node, Neurons]:
         """The largest part up to the output that has a form and can be done in time; NoForm where there is none.
