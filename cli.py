@@ -246,11 +246,15 @@ def train(output: Path, device: str | None, data_root: Path | None, **flags: str
 @click.option("--dataset", default=None, help=f"data of a module:function model: {HELP['dataset']}")
 @click.option("--norm", default="l2", show_default=True, help="l2, linf or l1")
 @click.option("--method", default="product", show_default=True, help=HELP["bound"])
+@click.option("--budget", default="60s", show_default=True,
+              help="time that a method may take beyond the product, such as 90, 90s or 2m")  # fmt: skip
+@click.option("--solver", default=None, help="of lipsdp and lipsdp-layer: built-in, clarabel, scs or mosek [built-in]")
 @click.option("--certificate", type=click.Path(dir_okay=False, path_type=Path), default=None, metavar="FILE",
               help="also certify test samples, and write the certificate here")  # fmt: skip
-@click.option("--samples", type=int, default=None, help="how many test samples to certify, from the first on [all]")
-@click.option("--arithmetic", default=None, help="real, float64, float32, float16 or bfloat16, for the certificate "
-              "[that of the run, or of the model's own tensors]")  # fmt: skip
+@click.option("--samples", type=int, default=None, help="how many test samples to certify, from the first on "
+              "[all; to compare local radii 100]")  # fmt: skip
+@click.option("--arithmetic", default=None, help="real, float64, float32, float16 or bfloat16, for the certificate or "
+              "local radii [that of the run, or of the model's own tensors]")  # fmt: skip
 @_machine
 def bound(
     model: str,
@@ -258,6 +262,8 @@ def bound(
     dataset: str | None,
     norm: str,
     method: str,
+    budget: str,
+    solver: str | None,
     certificate: Path | None,
     samples: int | None,
     arithmetic: str | None,
@@ -268,23 +274,29 @@ def bound(
 
     \b
     certify bound runs/3f2a9c0d1e4b
+    certify bound runs/3f2a9c0d1e4b --method auto --budget 2m
+    certify bound runs/3f2a9c0d1e4b --method local --samples 200
     certify bound runs/3f2a9c0d1e4b --certificate net.json --samples 100
     certify bound mynet:build --checkpoint weights.safetensors --dataset mnist --norm linf
     """
-    if certificate is None and (samples is not None or arithmetic is not None):
-        raise ConfigError("--samples and --arithmetic are for a certificate; give --certificate FILE")
+    if certificate is None and method != "local" and (samples is not None or arithmetic is not None):
+        raise ConfigError(
+            "--samples and --arithmetic are for a certificate or local radii; give --certificate FILE or --method local"
+        )
+    if certificate is not None and method == "local":
+        raise ConfigError("a certificate can't hold local radii; give another --method, such as auto")
+    from .experiments.bound_stage import BoundRequest, bound_one
     from .experiments.certify_stage import certify_one, check_request
-    from .experiments.stages import bound_one, open_model
+    from .experiments.stages import open_model
 
+    request = BoundRequest(norm, method, budget, solver, samples, arithmetic)
     opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device or "cpu")
     if certificate is not None:
         check_request(opened, certificate, arithmetic, samples)
     console = _console()
-    bound_one(opened, norm=norm, method=method, console=console)
+    bound_one(opened, request, console=console)
     if certificate is not None:
-        certify_one(
-            opened, certificate, norm=norm, method=method, arithmetic=arithmetic, samples=samples, console=console
-        )
+        certify_one(opened, certificate, request, console=console)
 
 
 @main.command()

@@ -92,7 +92,7 @@ class _Network(Float64Pass):
         self.operations = float(sum(self._cost(node, shape) for node, shape in self._graph.shapes.items()))
 
     def _cost(self, node: fx.Node, shape: tuple[int, ...]) -> int:
-        """About how many floating-point operations a node takes: each number a product with each weight that it sees."""
+        """About how many floating-point operations a node takes: a product for each weight that a number sees."""
         weights = [self._constants.get(parent) for parent in node.all_input_nodes]
         if node.op == "call_module":
             weights += list(self._graph.module(node).parameters())

@@ -20,11 +20,13 @@ from .claims import (
     ModelClaim,
     NormClaim,
     PieceClaim,
+    RelaxationClaim,
     RunClaim,
     SampleClaim,
 )
 from .digests import input_digests, model_digest
 from .graph import check_model, floating_like, trace
+from .inequality import Relaxation
 from .linear import LinearMap, NormBounds
 from .lipschitz import NormRecord, Run
 from .rules import leaf_types
@@ -39,6 +41,7 @@ def certify(
     arithmetic: str | None = None,
     *,
     index: Sequence[int] | None = None,
+    budget: float = 60.0,
 ) -> Certificate:
     """Certify samples: a radius each, with everything that an independent proof of it needs.
 
@@ -51,18 +54,23 @@ def certify(
         x: the samples.
         y: the classes to certify.
         norm: "l2", "linf" or "l1".
-        method: "product".
+        method: of the bound, as in `lipschitz`; radii by "local" can't be stored.
         arithmetic: "float64", "float32", "float16", "bfloat16" or "real"; that of the model where None.
         index: positions of the samples in the data that they are from, increasing; 0, 1, ... where None.
+        budget: seconds that a method other than "product" may take, about.
 
     Raises:
-        ValueError: as `certified_radii`; an index that does not fit.
+        ValueError: as `certified_radii`; an index that does not fit; the method "local".
     """
+    if method == "local":
+        raise ValueError(
+            'method: a certificate can\'t hold radii by "local"; expected one of the others, such as "auto"'
+        )
     shape = tuple(x.shape[1:])
     check_model(model)
     positions = _positions(len(x), index)
     here, x = copy.deepcopy(model).cpu(), x.detach().cpu()
-    certifier = Certifier(here, shape, arithmetic, norm=norm, method=method)
+    certifier = Certifier(here, shape, arithmetic, norm=norm, method=method, budget=budget)
     margins = certifier.margins(x, None if y is None else y.cpu())
     bound, run = certifier.bound, certifier.executed.arithmetic
     return Certificate(
@@ -73,6 +81,7 @@ def certify(
         arithmetic=ArithmeticClaim(**vars(run)),
         assumptions=tuple(AssumptionClaim(one.id, one.text) for one in assumptions(run)),
         bounds={name: _norm_claim(bound.records[name]) for name in dict.fromkeys(("l2", norm))},
+        relaxations=tuple(map(_relaxation_claim, bound.relaxations)),
         pairwise=_matrix(bound.pairwise),
         lipschitz=bound.upper,
         samples=_sample_claims(positions, x, margins, certifier.radii(margins)),
@@ -104,6 +113,14 @@ def _norm_claim(record: NormRecord) -> NormClaim:
         tuple(ConstantClaim(node, upper) for node, upper in record.constants),
         record.last_constant,
         _matrix(record.pairwise),
+    )
+
+
+def _relaxation_claim(one: Relaxation) -> RelaxationClaim:
+    weights = None if one.norm != "linf" or one.weights is None else tuple(one.weights.tolist())
+    multipliers = tuple(tuple(row.tolist()) for row in one.multipliers)
+    return RelaxationClaim(
+        one.norm, one.start, one.end, one.pair, one.start_constant, one.upper, multipliers, weights, one.method
     )
 
 

@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from . import strict_json as strict
-from .certificate_json import FORMAT, SIDE, VERSION, matrix_json, norm_json, read_certificate
-from .claims import ArithmeticClaim, AssumptionClaim, CertificateError, Matrix, ModelClaim, NormClaim, SampleClaim
+from .certificate_json import FORMAT, SIDE, VERSION, matrix_json, norm_json, read_certificate, relaxation_json
+from .claims import (
+    ArithmeticClaim,
+    AssumptionClaim,
+    CertificateError,
+    Matrix,
+    ModelClaim,
+    NormClaim,
+    RelaxationClaim,
+    SampleClaim,
+)
 from .sample_claims import check_samples, from_parquet, samples_digest, to_parquet
 
 _INLINE = 200  # samples that the JSON file holds itself
@@ -34,8 +43,9 @@ class Certificate:
         method: of the bound.
         arithmetic: in which the network runs.
         assumptions: on the executing machine.
-        bounds: per norm: "l2" always, and `norm`.
-        pairwise: [K][K] in `norm`: the smaller of its own bound and of that which follows from l2.
+        bounds: the product of factors per norm: "l2" always, and `norm`.
+        relaxations: tighter constants, in these norms, which set entries of the next two.
+        pairwise: [K][K] in `norm`: the smallest of its own bounds and of those which follow from l2.
         lipschitz: bound of the map to all logits, `norm` on both sides.
         samples: the certified samples.
     """
@@ -47,6 +57,7 @@ class Certificate:
     arithmetic: ArithmeticClaim
     assumptions: tuple[AssumptionClaim, ...]
     bounds: Mapping[str, NormClaim]
+    relaxations: tuple[RelaxationClaim, ...]
     pairwise: Matrix
     lipschitz: float
     samples: tuple[SampleClaim, ...]
@@ -83,6 +94,7 @@ class Certificate:
             "arithmetic": _plain(vars(self.arithmetic)),
             "assumptions": [vars(one) for one in self.assumptions],
             "bounds": {norm: norm_json(bounds) for norm, bounds in self.bounds.items()},
+            "relaxations": [relaxation_json(one) for one in self.relaxations],
             "pairwise": matrix_json(self.pairwise),
             "lipschitz": strict.plain(self.lipschitz),
             "samples": samples,
@@ -151,6 +163,12 @@ def _check_whole(certificate: Certificate) -> None:
         matrices[f"{place}.pairwise"] = claim.pairwise
         _check_distinct([run.end for run in claim.runs], f"{place}.runs")
         _check_distinct([constant.node for constant in claim.constants], f"{place}.constants")
+    for position, one in enumerate(certificate.relaxations):
+        place = f"relaxations[{position}]"
+        if one.norm not in norms:
+            raise CertificateError(f"{place}.norm: expected {' or '.join(sorted(norms))}, got {one.norm}")
+        if one.pair is not None and not (max(one.pair) < classes and one.pair[0] != one.pair[1]):
+            raise CertificateError(f"{place}.pair: expected two of the classes 0..{classes - 1}, got {list(one.pair)}")
     _check_distinct([one.id for one in certificate.assumptions], "assumptions")
     for place, matrix in matrices.items():
         if len(matrix) != classes or any(len(row) != classes for row in matrix):

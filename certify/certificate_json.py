@@ -15,11 +15,12 @@ from .claims import (
     ModelClaim,
     NormClaim,
     PieceClaim,
+    RelaxationClaim,
     RunClaim,
     SampleClaim,
 )
 
-FORMAT, VERSION = "speccert-certificate", 1
+FORMAT, VERSION = "speccert-certificate", 2
 SIDE = ".samples.parquet"  # end of the name of a file with many samples
 _TORUS = "torus"
 
@@ -37,6 +38,21 @@ def norm_json(claim: NormClaim) -> dict[str, Any]:
         "constants": [{"node": one.node, "upper": strict.plain(one.upper)} for one in claim.constants],
         "last_constant": strict.plain(claim.last_constant),
         "pairwise": matrix_json(claim.pairwise),
+    }
+
+
+def relaxation_json(claim: RelaxationClaim) -> dict[str, Any]:
+    """A relaxation as JSON."""
+    return {
+        "norm": claim.norm,
+        "start": claim.start,
+        "end": claim.end,
+        "pair": None if claim.pair is None else list(claim.pair),
+        "start_constant": strict.plain(claim.start_constant),
+        "upper": strict.plain(claim.upper),
+        "multipliers": [[strict.plain(value) for value in row] for row in claim.multipliers],
+        "weights": None if claim.weights is None else [strict.plain(value) for value in claim.weights],
+        "method": claim.method,
     }
 
 
@@ -74,6 +90,12 @@ def _axis(value: Any, place: str) -> tuple[int, int, float]:
         raise CertificateError(f"{place}: expected [side, stride, twist]")
     twist: float = strict.choice(0.0, 0.5)(strict.number(value[2], place), place)
     return strict.count(1)(value[0], place), strict.count(1)(value[1], place), twist
+
+
+def _pair(value: Any, place: str) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise CertificateError(f"{place}: expected two classes")
+    return strict.count()(value[0], place), strict.count()(value[1], place)
 
 
 def _record(kind: Any, readers: dict[str, strict.Reader[Any]]) -> strict.Reader[Any]:
@@ -123,6 +145,20 @@ _NORM = _record(
         "pairwise": _MATRIX,
     },
 )
+_RELAXATION = _record(
+    RelaxationClaim,
+    {
+        "norm": strict.choice("l2", "linf", "l1"),
+        "start": strict.text,
+        "end": strict.text,
+        "pair": strict.nullable(_pair),
+        "start_constant": strict.positive,
+        "upper": strict.positive,
+        "multipliers": strict.items(strict.items(strict.positive)),
+        "weights": strict.nullable(strict.items(strict.positive)),
+        "method": strict.text,
+    },
+)
 _SAMPLE = _record(
     SampleClaim,
     {
@@ -159,6 +195,7 @@ read_certificate = strict.fields(
             _record(AssumptionClaim, {"id": strict.text, "text": strict.text}),
         ),
         "bounds": _bounds,
+        "relaxations": strict.items(_RELAXATION),
         "pairwise": _MATRIX,
         "lipschitz": strict.bound,
         "samples": _sample_fields,

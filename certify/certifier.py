@@ -7,6 +7,7 @@ from the real one, anywhere in the ball, is taken off (see `deviation`).
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +80,8 @@ class Certifier:
         arithmetic: in which it runs: "float64", "float32", "float16", "bfloat16"; "real" leaves rounding out; None or
             "model" takes that of its own tensors. Another than its own rounds weights and inputs to that type.
         norm: that of the ball: "l2", "linf" or "l1".
-        method: of the Lipschitz bound.
+        method: of the Lipschitz bound; "local" takes that of `lipschitz` (see `local_radii` for the rest).
+        budget: seconds for the bound, see `lipschitz`.
         bound: constants computed before for this very model and input shape, in that norm; none where its weights are
             converted.
 
@@ -97,6 +99,7 @@ class Certifier:
         norm: str = "l2",
         method: str = "product",
         bound: LipschitzBound | None = None,
+        budget: float = 60.0,
     ) -> None:
         check_model(model)
         self.executed: Executed = executed(model, arithmetic)
@@ -105,7 +108,7 @@ class Certifier:
             raise ValueError(f"bound: expected none where the model is converted to {self.executed.arithmetic.name}")
         graph = trace(self.executed.model, self.input_shape, leaf_types())
         if bound is None:
-            bound = lipschitz(self.executed.model, self.input_shape, method, norm)
+            bound = lipschitz(self.executed.model, self.input_shape, method, norm, budget=budget)
         elif bound.norm != norm:
             raise ValueError(f"bound: expected one in {norm}, got one in {bound.norm}")
         self._digest = model_digest(graph)
@@ -113,7 +116,7 @@ class Certifier:
         self.bound = bound
         record = self.bound.records["l2"]
         self._steps = plan(graph, Norms({run.end: run.bounds.upper for run in record.runs}, dict(record.constants)))
-        self._input, self._output = graph.input, graph.output
+        self.graph, self._input, self._output = graph, graph.input, graph.output
         self._pass = Float64Pass(graph)
         last = next(step for step in self._steps if step.node is graph.output)
         self._anchor = graph.output if last.anchor is None else last.anchor
@@ -161,7 +164,7 @@ class Certifier:
 
     def _proved(self, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lower bounds of the real margins, what rounding takes off them, and the radius free of overflow."""
-        computed, logits = self._computed(x)
+        computed, logits = self._computed(x, {})
         running = spread(self._steps, self._running, computed, 0.0, computed=True)
         error = self._lost(running, label)
         real = down(down(logits.gather(1, label[:, None]) - logits) - error)
@@ -178,13 +181,30 @@ class Certifier:
         limit = overflow_limit(arithmetic, peaks(self._steps, sizes, found), self._balls[rounds][1])
         return real, self._lost(found, label), limit
 
-    def _computed(self, x: Tensor) -> tuple[dict[fx.Node, Tensor], Tensor]:
-        """Norms of all tensors of the float64 pass, and its logits."""
+    @proving()
+    def tensors(
+        self,
+        x: Tensor,  # [B, *input_shape]
+        nodes: Collection[fx.Node],
+    ) -> dict[fx.Node, tuple[Tensor, Tensor]]:  # [B, *shape], [B]
+        """Tensors of the real network at samples as a float64 pass gives them, and what each may be off in l2.
+
+        They are proved where `Margins.real` is finite.
+        """
+        kept = dict.fromkeys(nodes, x)
+        computed, _ = self._computed(x, kept)
+        running = spread(self._steps, self._running, computed, 0.0, computed=True)
+        return {node: (kept[node], running[node].whole) for node in nodes}
+
+    def _computed(self, x: Tensor, kept: dict[fx.Node, Tensor]) -> tuple[dict[fx.Node, Tensor], Tensor]:
+        """Norms of all tensors of the float64 pass, and its logits; the tensors of `kept` are put there."""
         norms: dict[fx.Node, Tensor] = {}
         moved = {step.node: step.inputs[0] for step in self._steps if step.moves}
 
         def visit(node: fx.Node, value: Tensor) -> None:
             norms[node] = norms[moved[node]] if node in moved else _norms(value)
+            if node in kept:
+                kept[node] = value.cpu().clone()  # the network may write into its tensors later
 
         return norms, self._pass.run(x, visit).cpu()
 
@@ -192,6 +212,10 @@ class Certifier:
         """kappa E + sqrt(2) l for the difference of the label's logit and each other."""
         whole, local = found[self._anchor].whole, found[self._output].local
         return (self._difference[label] * whole[:, None] + _ROOT_2 * local[:, None]) * _WIDE
+
+    def stretch(self, norm: str) -> float:
+        """At least the l2 norm of an input per unit of its norm."""
+        return up_sqrt(float(math.prod(self.input_shape))) if norm == "linf" else 1.0
 
     @proving()
     def radii(
@@ -207,13 +231,12 @@ class Certifier:
         """
         bound = self.bound if bound is None else bound
         self._check(bound)
-        norm, size = bound.norm, float(math.prod(self.input_shape))
-        stretch = up_sqrt(size) if norm == "linf" else 1.0  # from the ball's norm to l2
+        stretch = self.stretch(bound.norm)
         constants, right = bound.pairwise.cpu()[margins.label], margins.prediction == margins.label
-        pairs = _ratio(down(margins.real - margins.lost), up(constants + up(margins.slope * stretch)))
-        bare = torch.where(right, _ratio(margins.real, constants).amin(1), 0.0)
+        pairs = ratio(down(margins.real - margins.lost), up(constants + up(margins.slope * stretch)))
+        bare = torch.where(right, ratio(margins.real, constants).amin(1), 0.0)
         if self.executed.arithmetic.unit == 0.0:
-            pairs = _ratio(margins.real, constants)
+            pairs = ratio(margins.real, constants)
         least = torch.where(right, pairs.amin(1), 0.0)
         limit = torch.where(margins.limit < math.inf, down(margins.limit / stretch).clamp_min(0.0), math.inf)
         return Radii(torch.minimum(least, limit), bare, pairs.argmin(1), limit < least)
@@ -226,7 +249,7 @@ def _norms(values: Tensor) -> Tensor:  # [B, ...] float64 -> [B] on the CPU
     return found * (1 + 2 * gamma(count + 8)) + math.sqrt(count) * 2.0**-510
 
 
-def _ratio(margins: Tensor, constants: Tensor) -> Tensor:
+def ratio(margins: Tensor, constants: Tensor) -> Tensor:
     """Lower bounds of margins / constants, at least 0; infinite for a positive margin that nothing can change."""
     quotient = torch.where(constants == 0, math.inf, down(margins / constants))
     # not finite where nothing is proved: the comparisons then fail

@@ -108,6 +108,33 @@ class NormClaim:
     pairwise: Matrix
 
 
+@dataclass(frozen=True)
+class RelaxationClaim:
+    """A Lipschitz constant of all logits, or of the difference of two, that multipliers prove.
+
+    Attributes:
+        norm: of the input; the logits are measured in l2, a difference by its absolute value.
+        start: anchor of the graph from which the multipliers count; the input or a later one.
+        end: the graph's node of the logits.
+        pair: the two classes, None for all logits.
+        start_constant: from the input, in `norm`, to the start in l2; 1 where the start is the input.
+        upper: from the input, in `norm`, to the end.
+        multipliers: per activation between the two, in graph order, one for each of its numbers (or groups of them).
+        weights: one per number of the input where the norm is linf and the start is the input, else None.
+        method: how the multipliers were found.
+    """
+
+    norm: str
+    start: str
+    end: str
+    pair: tuple[int, int] | None
+    start_constant: float
+    upper: float
+    multipliers: Matrix
+    weights: tuple[float, ...] | None
+    method: str
+
+
 @dataclass(frozen=True, slots=True)
 class SampleClaim:
     """One certified sample.

@@ -6,6 +6,7 @@ What they return is a proposal: statuses, tolerances and rounding of a solver pr
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 import warnings
@@ -19,8 +20,9 @@ from torch import Tensor
 from .inequality import prove
 from .multipliers import initial, problem
 from .neurons import Neurons, Part
-from .primal_dual import System, inside, minimise
+from .primal_dual import inside, minimise
 from .rounding import largest_entry
+from .semidefinite import System
 
 SOLVERS = ("built-in", "clarabel", "scs", "mosek")
 COUPLINGS = ("neuron", "layer")
@@ -79,7 +81,7 @@ def solve(
             weights, found = minimise(small, start, norm, deadline)
         else:
             weights, found = _by_cvxpy(small, start, norm, solver, seconds)
-    except (ValueError, torch.linalg.LinAlgError) as reason:
+    except (ValueError, torch.linalg.LinAlgError) as reason:  # type: ignore[attr-defined]
         raise SolverFailed(f"{solver}: {reason}") from reason
     if coupling == "layer":
         found = [one.expand(layer.multipliers) for one, layer in zip(found, net.layers, strict=True)]
@@ -151,17 +153,19 @@ def _unit_end(net: Neurons) -> tuple[Neurons, float]:
     return replace(net, output=tuple(Part(part.source, part.matrix / factor) for part in net.output)), factor
 
 
-def _installed() -> list[str]:
-    import cvxpy
+def _cvxpy() -> Any:
+    """The module, whose types are incomplete; its import takes a second."""
+    return importlib.import_module("cvxpy")
 
-    return list(cvxpy.installed_solvers())
+
+def _installed() -> list[str]:
+    return list(_cvxpy().installed_solvers())
 
 
 def _by_cvxpy(
     net: Neurons, start: Sequence[Tensor], norm: str, solver: str, seconds: float | None
 ) -> tuple[Tensor, list[Tensor]]:
-    import cvxpy
-
+    cvxpy = _cvxpy()
     size = net.sizes[0]
     tied = torch.arange(size) if norm == "linf" else torch.zeros(size, dtype=torch.int64)
     scale = inside(net, start, tied)
@@ -188,19 +192,15 @@ def _sparse(columns: list[Tensor]) -> Any:
 
 
 def _run(program: Any, solver: str, seconds: float | None) -> None:
-    import cvxpy
-
-    options: dict[str, Any] = {"scs": {"eps": 1e-7, "max_iters": 100_000}}.get(solver, {})
-    if seconds is not None:
-        options |= {
-            "clarabel": {"time_limit": seconds},
-            "scs": {"time_limit_secs": seconds},
-            "mosek": {"mosek_params": {"MSK_DPAR_OPTIMIZER_MAX_TIME": seconds}},
-        }[solver]
+    options: dict[str, Any] = {"eps": 1e-7, "max_iters": 100_000} if solver == "scs" else {}
+    if seconds is not None and solver == "mosek":
+        options["mosek_params"] = {"MSK_DPAR_OPTIMIZER_MAX_TIME": seconds}
+    elif seconds is not None:
+        options["time_limit" if solver == "clarabel" else "time_limit_secs"] = seconds
     with warnings.catch_warnings():
         # the status says so too, and the answer is proved anew
         warnings.filterwarnings("ignore", message="Solution may be inaccurate", category=UserWarning)
         try:
             program.solve(solver=solver.upper(), **options)
-        except cvxpy.SolverError as reason:
+        except _cvxpy().SolverError as reason:
             raise SolverFailed(f"{solver}: {' '.join(str(reason).split())}") from reason

@@ -36,7 +36,8 @@ def jacobian_norms(
     if norm != "l2":
         return jacobian.abs().sum(2 if norm == "linf" else 1).amax(1)
     short = jacobian if jacobian.shape[1] <= jacobian.shape[2] else jacobian.mT
-    return torch.linalg.eigvalsh(short @ short.mT)[..., -1].clamp_min(0).sqrt()
+    found: Tensor = torch.linalg.eigvalsh(short @ short.mT)[..., -1].clamp_min(0).sqrt()
+    return found
 
 
 def largest_jacobian_norm(

@@ -131,8 +131,8 @@ def lipschitz(
     Args:
         model: any module whose operations have rules, in eval mode.
         input_shape: shape of one input, without the batch.
-        method: "product"; "closed-form", LipSDP with multipliers that need no search; "lipsdp" and "lipsdp-layer", by an
-            interior-point solver, for small networks; "lipsdp-first-order", by descent; "auto", the best that the
+        method: "product"; "closed-form", LipSDP with multipliers that need no search; "lipsdp" and "lipsdp-layer", by
+            an interior-point solver, for small networks; "lipsdp-first-order", by descent; "auto", the best that the
             budget allows, which is what "local" takes too, whose own part depends on the sample (see `local`). Each
             keeps the product where that is smaller.
         norm: "l2", "linf" or "l1".

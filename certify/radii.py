@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .certifier import Certifier
 from .lipschitz import LipschitzBound
+from .local import local_radii
 
 
 def certified_radii(
@@ -21,6 +22,7 @@ def certified_radii(
     bound: LipschitzBound | None = None,
     arithmetic: str | None = None,
     batch_size: int = 1024,
+    budget: float = 60.0,
 ) -> Tensor:  # [B] float64
     """Radii within which the network as executed, in floating point, gives the class y.
 
@@ -34,11 +36,13 @@ def certified_radii(
         x: the samples.
         y: the classes to certify.
         norm: "l2", "linf" or "l1".
-        method: of the Lipschitz bound, see `lipschitz`.
+        method: of the Lipschitz bound, see `lipschitz`; "local" also takes what holds around each sample only, so that
+            no radius is smaller (see `local_radii`).
         bound: constants computed before for this very model and norm.
         arithmetic: None takes that of the model's own type; "float64", "float32", "float16" and "bfloat16" certify the
             model converted to that type, "real" the network of the stored weights without any rounding.
         batch_size: samples at once.
+        budget: seconds, for the constants and again for "local": about; not used by "product".
 
     Raises:
         ValueError: as `lipschitz`; NaN or infinite inputs or logits; labels that are no class; an operation without a
@@ -49,8 +53,11 @@ def certified_radii(
     numerical algorithms", 2nd ed.
     """
     shape = tuple(x.shape[1:])
-    certifier = Certifier(model, shape, arithmetic, norm=norm, method=method, bound=bound)
-    return certifier.radii(certifier.margins(x, y, batch_size)).radius
+    certifier = Certifier(model, shape, arithmetic, norm=norm, method=method, bound=bound, budget=budget)
+    margins = certifier.margins(x, y, batch_size)
+    if method == "local":
+        return local_radii(certifier, x, margins, budget=budget).radius
+    return certifier.radii(margins).radius
 
 
 def estimate_radii(

@@ -33,6 +33,8 @@ _BATCH = 1 << 26  # float64 numbers in the blocks of one batch of pairs
 _SPEED = 2e10  # multiplications a second, about: to tell what can't be done in time
 _INSIDE = 1e-6  # of a logarithm
 _WORTHWHILE = 0.2  # share of the time that a search of each pair must have
+_SOLVING = 1e-7  # seconds of the interior-point method by the cube of its side, about
+_SOLVER_SHARE = 0.3  # of the budget
 _GRACE = 0.1  # of the budget, for proofs that take longer than planned
 _EVALUATIONS = 40  # fewest for which a search is worth while
 
@@ -120,7 +122,7 @@ def first_order(
     found = []
     for position, part in enumerate(parts):
         share = (deadline - time.monotonic()) / (len(parts) - position)
-        found.append(search(given.chosen(part), starts[part], time.monotonic() + max(share, 0.0), SCHEDULE[1:]))
+        found.append(search(given.chosen(part), starts[part], time.monotonic() + max(share, 0.0), SCHEDULE[1:-1]))
     return _proposals(given, torch.cat(found))
 
 
@@ -209,10 +211,22 @@ class Tightener:
         deadline = time.monotonic() + budget
         found = Found()
         if method in ("auto", "local"):
-            self._run("closed-form", norm, deadline, device, found, pairs=False)  # its own start: pairs come after it
+            self._run("closed-form", norm, deadline, device, found, pairs=False)
             method = "lipsdp-first-order"
+            if norm != "l1" and self._solvable(budget):
+                self._run("lipsdp", norm, deadline, device, found, pairs=True)
+                if not found.attempts[-1].note:
+                    return found
         self._run(method, norm, deadline, device, found, pairs=True)
         return found
+
+    def _solvable(self, budget: float) -> bool:
+        """Whether the interior-point method is sure to be done with all pairs in a part of the budget."""
+        net = self._nets.get(self._graph.input)
+        if net is None:
+            return False
+        side = sum(net.sizes[1:]) + min(net.sizes[0], net.sizes[1] if len(net.sizes) > 1 else 0)
+        return side**3 * _SOLVING * (len(self._pairs) + 1) < _SOLVER_SHARE * budget
 
     def _run(
         self,

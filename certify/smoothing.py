@@ -17,8 +17,8 @@ _LEAST = 1e-300
 class Smoothed(TorchFunctionMode):
     """Within it, kinks of torch's own functions have a width: max(v, 0) is w log(1 + exp(v / w)), all others follow.
 
-    Each w is `width` times the mean size of the numbers that the function gets, and a constant to autograd. Functions that it does not
-    know keep their kinks.
+    Each w is `width` times the mean size of the numbers that the function gets, a constant to autograd. Functions that
+    are not known here keep their kinks.
     """
 
     def __init__(self, width: float) -> None:

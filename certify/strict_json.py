@@ -137,6 +137,14 @@ def bound(value: Any, place: str) -> float:
     return found
 
 
+def positive(value: Any, place: str) -> float:
+    """Reads a finite number > 0."""
+    found = number(value, place)
+    if not found > 0:
+        raise _wrong(value, place, "a number > 0")
+    return found
+
+
 def lower_bound(value: Any, place: str) -> float:
     """Reads a number, or "-inf"."""
     return -math.inf if value == "-inf" else number(value, place)

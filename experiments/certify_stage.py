@@ -18,6 +18,7 @@ from ..certify.certificate_file import check_replaceable
 from ..certify.digests import input_digests, model_digest
 from ..certify.graph import trace
 from ..certify.rules import leaf_types
+from .bound_stage import BoundRequest
 from .cell import cell_data, load_model
 from .config import CellConfig, ConfigError
 from .data import Dataset
@@ -46,24 +47,20 @@ def check_request(opened: Opened, path: Path, arithmetic: str | None, samples: i
 def certify_one(
     opened: Opened,
     path: Path,
+    request: BoundRequest,
     *,
-    norm: str,
-    method: str,
-    arithmetic: str | None,
-    samples: int | None,
     console: Console,
 ) -> Certificate:
-    """Certify the first `samples` test samples (all where None), write the certificate, and say what it holds.
-
-    `arithmetic` None is that of the model's settings.
+    """Certify the first test samples as requested (all where not told), write the certificate, and say what it holds.
 
     Raises:
         ConfigError: more samples than there are, or none.
         CertificateError: a file that must not be overwritten or cannot be written.
     """
-    check_request(opened, path, arithmetic, samples)
-    x, y = (part[:samples] for part in (opened.data.test.x, opened.data.test.y))
-    made = certify(opened.model, x, y, norm, method, arithmetic or opened.config.arithmetic)
+    check_request(opened, path, request.arithmetic, request.samples)
+    x, y = (part[: request.samples] for part in (opened.data.test.x, opened.data.test.y))
+    arithmetic = request.arithmetic or opened.config.arithmetic
+    made = certify(opened.model, x, y, request.norm, request.method, arithmetic, budget=request.seconds)
     console.out(f"{made.save(path)}: {_described(made)}", highlight=False)
     return made
 
@@ -98,7 +95,13 @@ def check_name(name: str, *, wait: bool = True) -> None:
 def certifying(
     spec: RunSpec, output: Path, name: str | None, *, data_root: Path | None, console: Console
 ) -> Iterator[None]:
-    """After the run of `spec` in it, certificates go into the finished cells' folders; none where `name` is None."""
+    """After the run of `spec` in it, certificates go into the finished cells' folders; none where `name` is None.
+
+    Raises:
+        ConfigError: before the run, where a cell's radii are local ones.
+    """
+    if name is not None and any(cell.bound == "local" for cell in spec.cells()):
+        raise ConfigError("certificate: can't hold local radii; give another bound, such as auto")
     try:
         yield
     except CellError:
@@ -142,7 +145,9 @@ def _certify_cell(folder: RunFolder, cell: CellConfig, path: Path, data_root: st
     if (found := _fitting(path, cell, data, model)) is not None:
         return f"{path.name} is kept: {_described(found)}"
     check_replaceable(path)
-    made = certify(model, data.test.x, data.test.y, cell.norm, cell.bound, cell.arithmetic)
+    made = certify(
+        model, data.test.x, data.test.y, cell.norm, cell.bound, cell.arithmetic, budget=cell.bound_budget
+    )  # fmt: skip
     made.save(path)
     return f"{path.name}: {_described(made)}"
 

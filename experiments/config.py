@@ -45,10 +45,12 @@ ATTACK_NORMS = {  # as the attacks themselves have it, which torch-free code can
     "rounding-search": NORMS,
 }
 ATTACKS = tuple(ATTACK_NORMS)
-BOUNDS = ("product",)
+BOUNDS = ("product", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "local", "auto")
 ARITHMETICS = ("model", "real", "float64", "float32", "float16", "bfloat16")
 
 _FORMAT = 2  # raise it when a field changes meaning: ids then change and no old run is taken for a new one
+_DURATION = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([smh]?)")
+_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _LOCATION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 NEEDED = {"weight-decay": "weight_decay", "gradient-clip": "gradient_clip", "penalty": "penalty_weight"}
 
@@ -97,6 +99,7 @@ class CellConfig:
     eps: tuple[float, ...] = (0.1, 0.3, 0.5)  # kept sorted
     attacks: tuple[str, ...] = ("fgsm", "pgd", "ddn")
     bound: str = "product"
+    bound_budget: float = 60.0  # seconds that a bound may take beyond the product, and again local radii; in each norm
     arithmetic: str = "model"  # that the certified network runs in
     checkpoint: str | None = None  # weights to start from (.safetensors or a torch file)
 
@@ -124,7 +127,7 @@ class CellConfig:
         if version != _FORMAT:
             raise ConfigError(f"config format {version!r} is not readable here, expected {_FORMAT}")
         problems = unknown_names(values, FIELDS)
-        problems += [f"{key} is missing" for key in FIELDS if key not in values]
+        problems += [f"{key} is missing" for key in FIELDS if key not in values and key not in ADDED]
         if problems:
             raise ConfigError("; ".join(problems))
         if values["threshold"] == "inf":
@@ -144,6 +147,9 @@ def usable_attacks(attacks: Sequence[str], norm: str) -> tuple[str, ...]:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(CellConfig))
+# Fields of later versions, and what a config without them means; at that value they are neither written nor hashed, so
+# that ids stay what they were.
+ADDED: dict[str, Any] = {"bound_budget": 60.0}
 
 
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
@@ -241,6 +247,7 @@ RULES: dict[str, Rule] = {
     "eps": (_is_eps, "a list of finite numbers >= 0 that differ in their first six digits"),
     "attacks": different(*ATTACKS),
     "bound": choice(*BOUNDS),
+    "bound_budget": (lambda value: _is_real(value, 0.0, strict=True), "seconds > 0, such as 90, 90s or 2m"),
     "arithmetic": choice(*ARITHMETICS),
     "checkpoint": optional(PATH),
 }
@@ -252,7 +259,15 @@ def canonical(key: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         items = tuple(_real(item) if key == "eps" else item for item in value)
         return tuple(sorted(items)) if items and all(isinstance(item, float) for item in items) else items
+    if key == "bound_budget":
+        return _seconds(value)
     return _real(value) if key in _REALS else value
+
+
+def _seconds(value: Any) -> Any:
+    """A duration in text ("90", "90s", "2m", "1h") as seconds."""
+    found = _DURATION.fullmatch(value.strip()) if isinstance(value, str) else None
+    return _real(value) if found is None else float(found[1]) * _UNITS[found[2]]
 
 
 def _real(value: Any) -> Any:
@@ -301,4 +316,5 @@ def unknown_names(given: Iterable[Any], allowed: Collection[str], kind: str = "s
 
 def _plain(cell: CellConfig) -> dict[str, Any]:
     """The config as JSON values, with the format version."""
-    return {"format": _FORMAT, **vars(cell), "threshold": "inf" if cell.threshold == math.inf else cell.threshold}
+    values = {key: value for key, value in vars(cell).items() if key not in ADDED or value != ADDED[key]}
+    return {"format": _FORMAT, **values, "threshold": "inf" if cell.threshold == math.inf else cell.threshold}

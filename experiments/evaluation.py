@@ -17,6 +17,7 @@ from ..attacks import attack, is_minimum_norm
 from ..certify import NORMS, Certifier, LipschitzBound, Radii, certified_accuracy, lipschitz
 from ..certify.execution import Executed, executed, logits_of
 from ..certify.graph import floating_like
+from ..certify.local import LocalRadii, local_radii
 from .config import CellConfig
 from .data import Dataset, Split
 
@@ -49,7 +50,7 @@ class Evaluation:
     """What an evaluation found.
 
     Attributes:
-        samples: a row a test sample.
+        samples: a row a test sample; `radius_product` beside the radii where the config's bound is not the product.
         results: one flat row.
         bounds: per norm.
         closest: of the correctly classified attacked samples, the up to 12 with the smallest distance found, nearest
@@ -86,7 +87,7 @@ def evaluate(
     """Bound, certify and attack a model in eval mode on the test part of `data`.
 
     All are for the network as executed in the config's arithmetic, converted to it where that is not the model's own.
-    Radii are computed in all three norms; attacks run in the config's. A sample's smallest distance is that of the
+    Radii are computed in all three norms, attacks run in the config's. A sample's smallest distance is that of the
     nearest adversarial point that any attack found, 0 where it is misclassified, infinite where none was found. An
     attack with a ball goes through the eps in ascending order and spares samples that it has broken at a smaller one.
 
@@ -102,11 +103,12 @@ def evaluate(
     if network.rounded:
         model = network.model
     report("bounds")
-    bounds = {norm: lipschitz(model, data.input_shape, config.bound, norm) for norm in NORMS if norm != config.norm}
+    bounds = {norm: _bound(model, config, data.input_shape, norm) for norm in NORMS if norm != config.norm}
     bounds[config.norm], doubt = _with_lower(model, config, split, network.dtype)
+    bounds_s = time.perf_counter() - start
     report("radii")
-    samples, found = _certify(model, split, bounds, "real" if config.arithmetic == "real" else None)
-    attainable = found if config.arithmetic != "real" else _certify(model, split, bounds, None)[1]
+    samples, found = _certify(model, config, split, bounds, "real" if config.arithmetic == "real" else None)
+    attainable = found if config.arithmetic != "real" else _certify(model, config, split, bounds, None)[1]
     radii = {norm: one.radius.to(device) for norm, one in attainable.items()}
     model = _Converting(network).eval() if network.rounded else model
     wrong = torch.tensor((samples["prediction"] != samples["label"]).to_numpy(), device=device)
@@ -115,7 +117,10 @@ def evaluate(
     if doubt is not None:
         raise CertificateViolationError(f"certificate broken: {doubt}", {}) from doubt
     results = _results(config, bounds[config.norm], samples, found[config.norm].radius, attacked)
-    results |= _losses(found[config.norm])
+    results |= _losses(found[config.norm]) | _bracket(bounds[config.norm])
+    if config.bound != "product":
+        results |= _by_product(config, bounds[config.norm], torch.tensor(samples["radius_product"].to_numpy()))
+        results["bounds_s"] = bounds_s
     results["evaluate_s"] = time.perf_counter() - start
     closest = _closest(model, attacked, wrong, radii[config.norm])
     return Evaluation(_with_attacks(samples, attacked), results, bounds, closest)
@@ -124,8 +129,9 @@ def evaluate(
 def bounds_json(bounds: Mapping[str, LipschitzBound]) -> bytes:
     """Per norm: the network's `lower` and `upper`, the smallest and largest pairwise constant, and the `layers`.
 
-    {norm: {"lower", "upper", "pairwise_min", "pairwise_max", "layers": [{"name", "kind", "lower", "upper", "method"}]}}
-    with null for a constant that overflows.
+    {norm: {"lower", "upper", "pairwise_min", "pairwise_max", "layers": [{"name", "kind", "lower", "upper", "method"}],
+    "attempts": [{"method", "upper", "pair_upper", "seconds", "proved", "note"}]}}, a row for each method tried,
+    with null for a constant that overflows or is not proved.
     """
     described: dict[str, Any] = {}
     for norm, bound in bounds.items():
@@ -135,6 +141,7 @@ def bounds_json(bounds: Mapping[str, LipschitzBound]) -> bytes:
             **_finite({"lower": bound.lower, "upper": bound.upper}),
             **_finite({"pairwise_min": float(pairs.min()), "pairwise_max": float(pairs.max())}),
             "layers": [_finite(asdict(layer)) for layer in bound.layers],
+            "attempts": [_finite(asdict(attempt)) for attempt in bound.attempts],
         }
     return (json.dumps(described, indent=2, allow_nan=False) + "\n").encode()
 
@@ -155,20 +162,26 @@ class _Converting(nn.Module):
         return logits.to(torch.promote_types(x.dtype, self._dtype))
 
 
+def _bound(
+    model: nn.Module, config: CellConfig, shape: tuple[int, ...], norm: str, points: Tensor | None = None
+) -> LipschitzBound:
+    return lipschitz(model, shape, config.bound, norm, points=points, budget=config.bound_budget)
+
+
 def _with_lower(
     model: nn.Module, config: CellConfig, split: Split, dtype: torch.dtype
 ) -> tuple[LipschitzBound, ArithmeticError | None]:
     """The bound with its lower estimate, or without and what disproves it: the attacks then look for an example."""
     shape, points = tuple(split.x.shape[1:]), split.x[:_JACOBIAN_POINTS].to(dtype)
     try:
-        return lipschitz(model, shape, config.bound, config.norm, points=points), None
+        return _bound(model, config, shape, config.norm, points), None
     except ArithmeticError as error:
-        return lipschitz(model, shape, config.bound, config.norm), error
+        return _bound(model, config, shape, config.norm), error
 
 
 @torch.no_grad()
 def _certify(
-    model: nn.Module, split: Split, bounds: Mapping[str, LipschitzBound], arithmetic: str | None
+    model: nn.Module, config: CellConfig, split: Split, bounds: Mapping[str, LipschitzBound], arithmetic: str | None
 ) -> tuple[pd.DataFrame, dict[str, Radii]]:
     """The rows of the samples, and the radii in every norm, from one pass over them."""
     certifier = Certifier(model, tuple(split.x.shape[1:]), arithmetic, bound=bounds["l2"])
@@ -182,13 +195,47 @@ def _certify(
         "margin": (logits.gather(1, label[:, None]).squeeze(1) - rivals).numpy(),
         "proved_margin": margins.lowest.numpy(),
     }
-    radii = {norm: certifier.radii(margins, bound) for norm, bound in bounds.items()}
-    for norm, found in radii.items():
-        columns[f"radius_{norm}"] = found.radius.numpy()
-    for norm in ("linf", "l1"):
-        methods, limiting = bounds[norm].pair_methods, radii[norm].limiting.tolist()
-        columns[f"radius_method_{norm}"] = [methods[y][j] for y, j in zip(label.tolist(), limiting, strict=True)]
+    radii: dict[str, Radii] = {}
+    for norm, bound in bounds.items():
+        radii[norm] = certifier.radii(margins, bound)
+        if config.bound == "local":
+            radii[norm] = local_radii(certifier, split.x, margins, bound, budget=config.bound_budget)
+        columns[f"radius_{norm}"] = radii[norm].radius.numpy()
+    for norm in NORMS:
+        columns[f"radius_method_{norm}"] = _methods(radii[norm], bounds[norm], label)
+    if config.bound != "product":
+        product = lipschitz(model, tuple(split.x.shape[1:]), "product", config.norm)
+        columns["radius_product"] = certifier.radii(margins, product).radius.numpy()
     return pd.DataFrame(columns), radii
+
+
+def _methods(radii: Radii, bound: LipschitzBound, label: Tensor) -> list[str]:
+    """What set each radius: the method of the limiting pair's constant, or that of a bound over the ball."""
+    pairs = zip(label.tolist(), radii.limiting.tolist(), strict=True)
+    methods = [bound.pair_methods[y][j] for y, j in pairs]
+    if isinstance(radii, LocalRadii):
+        own = zip(radii.method, methods, strict=True)
+        methods = [method if local == "global" else f"local {local}" for local, method in own]
+    return methods
+
+
+def _bracket(bound: LipschitzBound) -> dict[str, Any]:
+    """The largest pair's bound, and the largest estimate of a pair from below."""
+    lower = bound.lower_pairwise
+    return {
+        "lipschitz_pair_upper": float(bound.pairwise.max()),
+        "lipschitz_pair_lower": 0.0 if lower is None else float(lower.max()),
+    }
+
+
+def _by_product(config: CellConfig, bound: LipschitzBound, radii: Tensor) -> dict[str, Any]:
+    """What the product of the layers' norms gives in the config's norm, for comparison."""
+    shares = certified_accuracy(radii, config.eps).tolist()
+    return {
+        "lipschitz_product_upper": bound.attempts[0].upper,
+        "mean_certified_radius_product": _mean(radii[torch.isfinite(radii)]),
+        **{f"certified_accuracy_product_eps_{eps:g}": share for eps, share in zip(config.eps, shares, strict=True)},
+    }
 
 
 def _losses(radii: Radii) -> dict[str, Any]:

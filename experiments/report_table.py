@@ -23,9 +23,11 @@ _BOUNDS = {
 }
 _KINDS = {
     "certified_accuracy": ("certified", "main attacks"),
+    "certified_accuracy_product": ("certified by the product", "main bounds"),
     "certified_accuracy_attacked": ("certified", "main attacks"),
     "worst_case_accuracy": ("observed", "main attacks"),
 }
+_EVERYWHERE = ("certified_accuracy", "certified_accuracy_product")  # over all test samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _columns(names: Sequence[str], table: pd.DataFrame) -> list[_Column]:
         if not eps or metric.endswith("_ci95") or (kind == "certified_accuracy_attacked" and not subset):
             continue
         header, views = _KINDS.get(kind, (kind.removeprefix("accuracy_"), "attacks"))
-        samples = "" if not subset else ", all" if kind == "certified_accuracy" else ", attacked"
+        samples = "" if not subset else ", all" if kind in _EVERYWHERE else ", attacked"
         found.append(_Column(metric, header, f"ε = {eps}{samples}", views))  # comparable over the same samples only
     found.append(_Column("lipschitz_upper", "Lipschitz bound", views="main bounds"))
     found.append(_Column("tightness", "tightness", views="main bounds"))

@@ -1,4 +1,4 @@
-"""Single stages of the main job on one model: `certify train`, `certify bound`, `certify attack`."""
+"""Single stages of the main job on one model: `certify train`, `certify attack`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from ..certify import LipschitzBound, lipschitz
-from ..certify.graph import floating_like
 from ..models.imported import import_model
 from .cell import Progress, cell_data, check_cell, load_model, train_cell
 from .checkpoints import load_checkpoint, save_checkpoint
@@ -26,7 +23,7 @@ from .spec import RunSpec
 from .store import RunFolder, StoreError
 from .sweep import check_device
 
-__all__ = ["Opened", "attack_one", "bound_one", "open_model", "train_one"]
+__all__ = ["Opened", "attack_one", "open_model", "train_one"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,30 +106,6 @@ def train_one(spec: RunSpec, output: Path, *, device: str, data_root: Path | Non
     state = "" if not result.diverged else f"; the training diverged ({result.status})"
     console.out(f"best epoch {result.best_epoch}{state}; checkpoint in {folder.path}", highlight=False)
     return folder
-
-
-def bound_one(opened: Opened, *, norm: str, method: str, console: Console) -> LipschitzBound:
-    """Print the brackets of the affine runs, the whole network's, and the pairwise constants' range."""
-    points = opened.data.test.x[:256].to(floating_like(opened.model).device)
-    found = lipschitz(opened.model, opened.data.input_shape, method, norm, points=points)
-    console.out(f"{opened.name}: {norm} norms", highlight=False)
-    table = Table()
-    table.add_column("layers", overflow="fold")
-    for column in ("lower", "upper", "upper / lower"):
-        table.add_column(column, justify="right")
-    table.add_column("method", overflow="fold")
-    for layer in found.layers:
-        ratio = f"{layer.upper / layer.lower:.4f}" if layer.lower else "-"
-        table.add_row(layer.name, f"{layer.lower:.6g}", f"{layer.upper:.6g}", ratio, layer.method)
-    console.print(table)
-    off_diagonal = found.pairwise[~torch.eye(len(found.pairwise), dtype=torch.bool)]
-    console.out(
-        f"Lipschitz constant ({norm}): at least {found.lower:.6g} (Jacobian on {len(points)} test samples), "
-        f"at most {found.upper:.6g} ({method})\n"
-        f"per pair of logits: at most {float(off_diagonal.min()):.6g} to {float(off_diagonal.max()):.6g}",
-        highlight=False,
-    )
-    return found
 
 
 def attack_one(opened: Opened, settings: Mapping[str, Any], *, console: Console) -> Evaluation:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import FIELDS, CellConfig, config_id
+from .config import ADDED, FIELDS, CellConfig, config_id
 from .execution import MACHINERY
 from .processes import is_process, this_process
 from .store import StoreError, write_atomic
@@ -86,13 +86,15 @@ def planned(output: str | Path, fields: Sequence[str] = FIELDS) -> dict[str, dic
     for path in sorted(paths, key=_age):
         try:
             with pq.ParquetFile(path) as file:
-                rows = file.read().select(["id", *fields]).to_pylist()
+                table = file.read()
+            late = {name: value for name, value in ADDED.items() if name in fields and name not in table.column_names}
+            rows = table.select([name for name in ("id", *fields) if name not in late]).to_pylist()
         except FileNotFoundError:
             continue  # forgotten meanwhile
         except (OSError, pa.ArrowException, ValueError, KeyError) as error:
             raise StoreError(f"{path}: damaged plan; delete it, and `certify run` writes it anew") from error
         for row in rows:
-            cells.setdefault(row.pop("id"), row)
+            cells.setdefault(row.pop("id"), row | late)
     return cells
 
 

@@ -31,6 +31,7 @@ _HEADERS = {
     "mean_distance": "smallest distance",
     "tightness": "tightness",
     "certified_accuracy": "certified",
+    "certified_accuracy_product": "certified (product)",
     "certified_accuracy_attacked": "certified (attacked)",
     "worst_case_accuracy": "worst case",
 }
@@ -84,7 +85,7 @@ def blocks(table: pd.DataFrame, width: float) -> list[Block]:
     pivoted = [name for name in names if "[" in name]
     start = names.index(pivoted[0]) if pivoted else names.index("status") + 1
     constant = _constant(table) if not pivoted else []
-    setting = ", ".join(_label(table[name].iloc[0]) for name in constant)
+    setting = ", ".join(("bound " if name == "bound" else "") + _label(table[name].iloc[0]) for name in constant)
     labels = [_label_column(table, name) for name in names[:start] if name not in constant and _is_shown(table, name)]
     found = []
     for title, metrics in _groups(table, names[start:]).items():
@@ -99,10 +100,11 @@ def blocks(table: pd.DataFrame, width: float) -> list[Block]:
 
 
 def _constant(table: pd.DataFrame) -> list[str]:
-    """Data set, model and norm where all rows share them: part of the title, not columns."""
+    """Data set, model, norm and bound where all rows share them: part of the title, not columns."""
     if not {*NAMES, "constraint", "threshold"} <= set(table.columns):
         return []
-    return [name for name in NAMES if table[name].nunique(dropna=False) == 1]
+    known = [name for name in (*NAMES, "bound") if name in table.columns]
+    return [name for name in known if table[name].nunique(dropna=False) == 1]
 
 
 def _is_shown(table: pd.DataFrame, name: str) -> bool:

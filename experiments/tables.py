@@ -86,7 +86,8 @@ def robustness_table(
 ) -> pd.DataFrame:
     """One row a constraint and threshold (and each other setting that differs), sorted, with threshold inf last.
 
-    Columns: `dataset`, `model`, `norm`, the differing settings, `constraint`, `threshold`, or those of `by`; where
+    Columns: `dataset`, `model`, `norm`, `bound` where it is not always the product, the differing settings,
+    `constraint`, `threshold`, or those of `by`; where
     aggregated `runs`, how many are planned, and `done`, how many of them are finished, else `seed`; `status`, empty
     where all is well, else how many runs diverged, failed or are not finished, or whose certificate broke; then the
     results named as in `summary.json`, NaN where there is none. Where aggregated a result is the mean over the finished
@@ -106,7 +107,8 @@ def robustness_table(
         raise ValueError("a row a seed needs seed among the fields of by, got by together with aggregate=False")
     frame = collect_runs(runs)
     if by is None:
-        extra = [field for field in differing_settings(frame) if field not in NAMES]
+        tighter = ["bound"] if "bound" in frame and frame["bound"].dropna().ne("product").any() else []
+        extra = [*tighter, *(field for field in differing_settings(frame) if field not in (*NAMES, *tighter))]
         keys = [*NAMES, *extra, "constraint", "threshold"] + ([] if aggregate else ["seed"])
     else:
         keys = _fields(by)
@@ -183,7 +185,9 @@ def _metrics(frame: pd.DataFrame, chosen: Iterable[float] | None) -> list[str]:
             raise ValueError(f"nothing was evaluated at eps {', '.join(absent)}, expected some of {', '.join(known)}")
     used = _items(frame, "attacks")
     attacks = [f"accuracy_{name}" for name in ATTACKS if name in used]
-    kinds = ["certified_accuracy", "certified_accuracy_attacked", "worst_case_accuracy", *attacks]
+    compared = [name for name in frame.columns if str(name).startswith("certified_accuracy_product_eps_")]
+    by_product = ["certified_accuracy_product"] if bool(frame[compared].notna().any(axis=None)) else []
+    kinds = ["certified_accuracy", *by_product, "certified_accuracy_attacked", "worst_case_accuracy", *attacks]
     return [*OVERVIEW, *DISTANCES, *_COUNTS, *(f"{kind}_eps_{key}" for key in keys for kind in kinds)]
 
 

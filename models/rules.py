@@ -62,8 +62,8 @@ def _groupsort_slopes(call: Call) -> Slopes:
     if not isinstance(call.module, GroupSort):
         raise ValueError(f"{call.place}: expected a GroupSort layer, got {type(call.module).__name__}")
     size, channels = call.module.group_size, call.in_shape[0]
-    block = torch.full((size, size), 1 / size, dtype=torch.float64)
-    mean = torch.block_diag(*[block] * (channels // size))
+    unit = torch.eye(channels // size, dtype=torch.float64)
+    mean = torch.kron(unit, torch.full((size, size), 1 / size, dtype=torch.float64))
     rest = mixed_channels(torch.eye(channels, dtype=torch.float64) - mean, call.in_shape, _SLACK)
     return Slopes("sort", -1.0, 1.0, None, rest, rest, mixed_channels(mean, call.in_shape, _SLACK), size)
 

@@ -11,6 +11,7 @@ from speccert.certify.claims import (
     ModelClaim,
     NormClaim,
     PieceClaim,
+    RelaxationClaim,
     RunClaim,
     SampleClaim,
 )
@@ -55,6 +56,15 @@ def norm_claim(upper=0.1 + 0.2, end="conv"):
     return NormClaim(upper, runs, constants, constants[1].upper, matrix(0.5))
 
 
+def relaxations(norm):
+    """One of a pair and one of all logits, in l2 and in the norm of the radii."""
+    weights = (0.1 + 0.2,) * 12 if norm == "linf" else None
+    return (
+        RelaxationClaim("l2", "act", "fc", (2, 0), 1 / 3, 0.1 + 0.2, ((1e-308, 0.1), (1e308,)), None, "lipsdp"),
+        RelaxationClaim(norm, "x", "fc", None, 1.0, math.nextafter(1.0, 2.0), (), weights, "closed-form"),
+    )
+
+
 def matrix(value):
     """A 3 x 3 matrix with a zero diagonal."""
     return tuple(tuple(0.0 if i == j else value / (i + j) for j in range(3)) for i in range(3))
@@ -70,6 +80,7 @@ def certificate(count=3, norm="l2", **changes):
         arithmetic=ArithmeticClaim("float32", 2.0**-24, 2.0**-24, 2.0**-126, 3.4028234663852886e38),
         assumptions=(AssumptionClaim("one", "A sentence."), AssumptionClaim("two", "With “signs”, \\ and 中.")),
         bounds={each: norm_claim() for each in dict.fromkeys(("l2", norm))},
+        relaxations=relaxations(norm),
         pairwise=matrix(1.0),
         lipschitz=math.inf,
         samples=samples(count),

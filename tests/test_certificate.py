@@ -215,6 +215,8 @@ def test_positions_that_do_not_fit_are_refused(index):
     [
         ({"norm": "l3"}, "norm: expected one of l2, linf, l1"),
         ({"method": "guess"}, "method: expected one of product"),
+        ({"method": "local"}, 'method: a certificate can\'t hold radii by "local"'),
+        ({"method": "auto", "budget": 0.0}, "budget: expected a finite number of seconds > 0"),
         ({"arithmetic": "float8"}, "arithmetic: expected one of"),
         ({"y": torch.zeros(2, dtype=torch.int64)}, "y"),
         ({"x": torch.full((1, *SHAPE), torch.nan)}, "x: expected finite inputs"),

@@ -169,6 +169,7 @@ def other_samples(rehash):
 
 RUN = ("bounds", "l2", "runs", 0)
 ROW = ("samples", "rows", 1)
+RELAXATION = ("relaxations", 0)
 DAMAGES = {
     "missing": (lambda path: None, "net.json: cannot be read (No such file or directory)"),
     "a folder": (lambda path: path.mkdir(), "net.json: cannot be read (Is a directory)"),
@@ -178,8 +179,9 @@ DAMAGES = {
     "more behind the end": (literal("\n}\n", "\n}\n{}"), "expected a certificate in JSON (Extra data"),
     "a list": (written("[]"), "expected a certificate of format 'speccert-certificate', got 'list'"),
     "another format": (replaced("format", value="other"), "of format 'speccert-certificate', got 'other'"),
-    "a later version": (replaced("version", value=2), "expected version 1 of the format, got 2"),
-    "a version of another type": (replaced("version", value=True), "expected version 1 of the format, got True"),
+    "a later version": (replaced("version", value=3), "expected version 2 of the format, got 3"),
+    "an earlier version": (replaced("version", value=1), "expected version 2 of the format, got 1"),
+    "a version of another type": (replaced("version", value=True), "expected version 2 of the format, got True"),
     "an unknown key": (replaced("extra", value=1), "unknown key 'extra'; expected format, version"),
     "an unknown key inside": (replaced(*RUN, "extra", value=1), "bounds.l2.runs[0]: unknown key 'extra'"),
     "a missing key": (without("lipschitz"), "missing key 'lipschitz'"),
@@ -246,6 +248,39 @@ DAMAGES = {
         replaced("bounds", "linf", "pairwise", 1, value=[0.0]),
         "bounds.linf.pairwise: expected 3 rows of 3",
     ),
+    "a relaxation in a norm too many": (
+        replaced(*RELAXATION, "norm", value="l1"),
+        "relaxations[0].norm: expected l2 or linf, got l1",
+    ),
+    "a class that a relaxation can't have": (
+        replaced(*RELAXATION, "pair", value=[0, 3]),
+        "relaxations[0].pair: expected two of the classes 0..2, got [0, 3]",
+    ),
+    "a class and itself": (replaced(*RELAXATION, "pair", value=[1, 1]), "pair: expected two of the classes"),
+    "three classes": (replaced(*RELAXATION, "pair", value=[0, 1, 2]), "relaxations[0].pair: expected two classes"),
+    "a multiplier below zero": (
+        replaced(*RELAXATION, "multipliers", 0, 1, value=-0.5),
+        "relaxations[0].multipliers[0][1]: expected a number > 0, got -0.5",
+    ),
+    "a multiplier of zero": (replaced(*RELAXATION, "multipliers", 0, 1, value=0.0), "expected a number > 0, got 0.0"),
+    "an infinite multiplier": (
+        replaced(*RELAXATION, "multipliers", 0, 1, value="inf"),
+        'multipliers[0][1]: expected a number, got "inf"',
+    ),
+    "a matrix of multipliers": (
+        replaced(*RELAXATION, "multipliers", 0, 1, value=[1.0, 0.5]),
+        "relaxations[0].multipliers[0][1]: expected a number, got [1.0, 0.5]",
+    ),
+    "a multiplier of two numbers": (
+        replaced(*RELAXATION, "couplings", value=[]),
+        "relaxations[0]: unknown key 'couplings'",
+    ),
+    "a relaxed bound of zero": (replaced(*RELAXATION, "upper", value=0), "relaxations[0].upper: expected a number > 0"),
+    "weights that are none": (
+        replaced("relaxations", 1, "weights", 3, value=-1.0),
+        "weights[3]: expected a number > 0",
+    ),
+    "no list of relaxations": (replaced("relaxations", value={}), "relaxations: expected a list, got {}"),
     "a run twice": (replaced(*RUN, "end", value="fc"), "bounds.l2.runs: 'fc' appears twice"),
     "an anchor twice": (
         replaced("bounds", "l2", "constants", 0, "node", value="act"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from speccert.certify import CertificateError, certified_radii, load_certificate
 from speccert.experiments import certify_stage
+from speccert.experiments.bound_stage import BoundRequest
 from speccert.experiments.cell import run_cell
 from speccert.experiments.certify_stage import certify_cells, certify_one, certifying, check_name, verify_one
 from speccert.experiments.config import ConfigError
@@ -59,8 +60,7 @@ def cells(finished, tmp_path):
 
 
 def one(folder, path, shown=None, **changes):
-    options = {"norm": "l2", "method": "product", "arithmetic": None, "samples": None, **changes}
-    return certify_one(open_model(str(folder.path)), path, **options, console=shown or console())
+    return certify_one(open_model(str(folder.path)), path, BoundRequest(**changes), console=shown or console())
 
 
 def in_cells(output, name="net.json", spec=SPEC):
@@ -102,14 +102,14 @@ def test_other_settings_are_in_the_certificate(folder, tmp_path):
 def test_a_run_in_another_arithmetic_is_certified_in_it(folder, tmp_path):
     opened = open_model(str(folder.path))
     opened = dataclasses.replace(opened, config=dataclasses.replace(opened.config, arithmetic="bfloat16"))
-    options = {"norm": "l2", "method": "product", "samples": 2, "console": console()}
-    assert certify_one(opened, tmp_path / "net.json", arithmetic=None, **options).arithmetic.name == "bfloat16"
-    assert certify_one(opened, tmp_path / "net.json", arithmetic="float32", **options).arithmetic.name == "float32"
+    for arithmetic, expected in ((None, "bfloat16"), ("float32", "float32")):
+        request = BoundRequest(samples=2, arithmetic=arithmetic)
+        assert certify_one(opened, tmp_path / "net.json", request, console=console()).arithmetic.name == expected
 
 
 def test_a_foreign_file_is_refused_before_anything_is_computed(folder, tmp_path, monkeypatch):
     (tmp_path / "net.json").write_text("mine")
-    monkeypatch.setattr(certify_stage, "certify", lambda *_: pytest.fail("computed in vain"))
+    monkeypatch.setattr(certify_stage, "certify", lambda *_, **__: pytest.fail("computed in vain"))
     with pytest.raises(CertificateError, match=r"net.json: is there already and is no certificate"):
         one(folder, tmp_path / "net.json")
     assert (tmp_path / "net.json").read_text() == "mine"
@@ -220,7 +220,7 @@ def test_a_models_state_is_left_as_it_was(folder, tmp_path):
     opened = open_model(str(folder.path))
     before = {key: value.clone() for key, value in opened.model.state_dict().items()}
     random = torch.get_rng_state()
-    certify_one(opened, tmp_path / "a.json", norm="l2", method="product", arithmetic=None, samples=2, console=console())
+    certify_one(opened, tmp_path / "a.json", BoundRequest(samples=2), console=console())
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(before[key], value) for key, value in opened.model.state_dict().items())
     with contextlib.suppress(StopIteration):

@@ -19,7 +19,8 @@ from speccert.models import GroupSort, Householder, MaxMin, Normalize, Residual
 BOUND_MAKERS = {
     "linear", "convolution", "torus", "grams", "spectral", "rules", "layer_rules", "walk", "lipschitz", "rounding",
     "rounding_rules", "local_errors", "deviation", "radii", "certifier", "arithmetic", "execution", "jacobian", "power",
-    "certificate",
+    "certificate", "neurons", "slopes", "inequality", "multipliers", "sdp", "primal_dual", "interior_point", "local",
+    "local_slopes", "preactivations", "edges",
 }  # fmt: skip
 
 

@@ -205,8 +205,8 @@ def test_bound_and_attack_of_a_run_folder(folder, certify):
     code, out, err = certify("bound", folder)
     assert (code, err) == (0, [])
     upper = json.loads((folder / "summary.json").read_text())["lipschitz_upper"]
-    assert f"at most {upper:.6g} (product)" in out
-    assert all(len(line) <= 100 or line.startswith("Lipschitz constant") for line in out.splitlines())
+    assert re.search(rf"<= L <= {upper:.6g} \(tightness \S+, product\)", out)
+    assert all(len(line) <= 100 for line in out.splitlines())
     code, out, err = certify("attack", folder, "--attacks", "fgsm", "--eps", "36/255", "--samples", "5", "--seed", "1")
     assert (code, err) == (0, [])
     assert "accuracy on 5 attacked samples" in out
@@ -222,8 +222,8 @@ def test_a_users_model_in_the_current_folder_is_bounded_and_attacked(certify, tm
     given = [f"{name}:build", "--checkpoint", "weights.safetensors", "--dataset", "digits"]
     code, out, err = certify("bound", *given)
     assert (code, err) == (0, [])
-    assert "at most 0.5 (product)" in out
-    assert "0.707107 to 0.707107" in out
+    assert "Lipschitz constant (l2): 0.5 <= L <= 0.5 (tightness 1, product)" in out
+    assert "largest pair of logits: 0.707107 <= L <= 0.707107 (tightness 1)" in out
     code, out, err = certify("attack", *given, "--attacks", "ddn", "--samples", "10")
     assert (code, err) == (0, [])
     assert "accuracy on 10 attacked samples" in out
@@ -232,7 +232,7 @@ def test_a_users_model_in_the_current_folder_is_bounded_and_attacked(certify, tm
 def test_a_certificate_of_a_run_folder_is_written_and_verified(folder, finished, certify, tmp_path):
     code, out, err = certify("bound", folder, "--certificate", "net.json", "--samples", "4")
     assert (code, err) == (0, [])
-    assert "at most" in out
+    assert "<= L <=" in out
     assert out.splitlines()[-1].startswith("net.json: 4 samples, ")
     assert [path.name for path in tmp_path.iterdir()] == ["net.json"]
     code, out, err = certify("verify", "net.json", "--model", folder)
@@ -313,7 +313,7 @@ def test_train_then_bound(certify, tmp_path):
     assert (code, err) == (0, [])
     (path,) = (tmp_path / "runs").glob("*/checkpoint.safetensors")
     assert f"checkpoint in runs/{path.parent.name}" in out
-    assert "at most" in certify("bound", path.parent)[1]
+    assert "<= L <=" in certify("bound", path.parent)[1]
 
 
 def test_doctor(certify, monkeypatch):
@@ -403,7 +403,32 @@ BAD_SPECS = {
         (("bound", "bad_syntax:f", "--dataset", "digits"), 1, "bad_syntax:f: invalid syntax"),
         (("run", "--model", "bad_import:f"), 1, "bad_import:f: No module named 'not_there_at_all'"),
         (("bound",), 2, "Missing argument 'MODEL'"),
-        (("bound", ".", "--samples", "3"), 2, "--samples and --arithmetic are for a certificate; give --certificate"),
+        (("bound", ".", "--samples", "3"), 2, "--samples and --arithmetic are for a certificate or local radii; give"),
+        (
+            ("bound", ".", "--method", "magic"),
+            2,
+            "method: expected one of product, lipsdp, lipsdp-layer, lipsdp-first-",
+        ),
+        (("bound", ".", "--norm", "l3"), 2, "norm: expected one of l2, linf, l1; got 'l3'"),
+        (("bound", ".", "--budget", "soon"), 2, "budget: expected seconds > 0, such as 90, 90s or 2m; got 'soon'"),
+        (("bound", ".", "--budget", "0"), 2, "budget: expected seconds > 0, such as 90, 90s or 2m; got '0'"),
+        (
+            ("bound", ".", "--solver", "scs"),
+            2,
+            "solver: for the methods lipsdp and lipsdp-layer; got the method product",
+        ),
+        (
+            ("bound", ".", "--method", "local", "--certificate", "net.json"),
+            2,
+            "a certificate can't hold local radii; give another --method, such as auto",
+        ),
+        (
+            ("run", "--dry-run", "--bound-budget", "-1"),
+            2,
+            "bound_budget = '-1': expected seconds > 0, such as 90, 90s or 2m",
+        ),
+        (("run", "--dry-run", "--bound", "sdp"), 2, "bound = 'sdp': expected one of product, lipsdp, lipsdp-layer"),
+        (("run", "--bound", "local", "--certificate", "net.json"), 2, "certificate: can't hold local radii"),
         (("run", "--certificate", "net.txt"), 2, "certificate: expected a file name without a folder that ends in"),
         (("run", "--certificate", "a/net.json"), 2, "certificate: expected a file name without a folder that ends in"),
         (("run", "--certificate", "net.json", "--no-wait"), 2, "certificate: made when the cells are finished"),

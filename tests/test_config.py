@@ -5,9 +5,11 @@ import math
 
 import pytest
 
+from speccert.certify.lipschitz import METHODS
 from speccert.experiments.config import (
     ACTIVATIONS,
     ATTACK_NORMS,
+    BOUNDS,
     FIELDS,
     MODELS,
     NORMS,
@@ -35,6 +37,7 @@ def test_json_has_no_literal_infinity():
 def test_id_is_the_start_of_the_sha256_of_the_canonical_json():
     cell = CellConfig()
     values = {**dataclasses.asdict(cell), "format": 2}
+    del values["bound_budget"]  # came later
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     assert config_id(cell) == hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -74,6 +77,34 @@ def test_ids_stay_what_they_were(settings, known):
     assert config_id(CellConfig(**settings)) == known
     spec = RunSpec(parts=[{key: [value] for key, value in {"threshold": 1.0, **settings}.items()}])
     assert [config_id(cell) for cell in spec.cells()] == [known]
+
+
+def test_settings_that_came_later_are_written_only_where_they_are_not_the_default():
+    old = json.loads(CellConfig(bound="auto").to_json())
+    assert "bound_budget" not in old
+    assert CellConfig.from_json(json.dumps(old | {"bound_budget": 60})) == CellConfig(bound="auto")
+    changed = CellConfig(bound="auto", bound_budget=5)
+    assert json.loads(changed.to_json())["bound_budget"] == 5.0
+    assert CellConfig.from_json(changed.to_json()) == changed
+    assert config_id(changed) != config_id(CellConfig(bound="auto"))
+
+
+def test_bounds_are_those_of_the_package():
+    assert BOUNDS == METHODS
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90.0), ("90s", 90.0), (" 2m", 120.0), ("1.5 h", 5400.0), (".5s", 0.5), (7, 7.0), ("1/2", 0.5)],
+)
+def test_durations_are_seconds(text, seconds):
+    assert CellConfig(bound_budget=text).bound_budget == seconds
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "soon", "2 days", "", "inf", "nan", True, None, 0, [60]])
+def test_no_duration(text):
+    with pytest.raises(ConfigError, match=r"bound_budget = .*: expected seconds > 0, such as 90, 90s or 2m"):
+        CellConfig(bound_budget=text)
 
 
 def test_equal_configs_have_equal_ids_at_zero():

@@ -89,8 +89,7 @@ def test_radii_of_a_linear_model_are_its_closed_form(data, model, found, norm):
     assert (exact > 0).sum() > 30
     assert (radii <= exact).all()
     assert radii == pytest.approx(exact, rel=1e-3, abs=1e-5)
-    if norm != "l2":
-        assert set(found.samples[f"radius_method_{norm}"]) == {"product"}
+    assert set(found.samples[f"radius_method_{norm}"]) == {"product"}
 
 
 def test_rows_are_the_test_part_in_order(data, model, found):
@@ -193,7 +192,8 @@ def test_results_follow_from_the_rows(data, model, changes):
     found = evaluate(model, config, data)
     for key, value in recomputed(found.samples, config).items():
         assert found.results[key] == pytest.approx(value, rel=1e-12), key
-    bounds = {"lipschitz_upper", "lipschitz_lower", "evaluate_s", "rounding_loss", "overflow_count"}
+    bounds = {"lipschitz_upper", "lipschitz_lower", "lipschitz_pair_upper", "lipschitz_pair_lower"}
+    bounds |= {"evaluate_s", "rounding_loss", "overflow_count"}
     assert found.results.keys() == recomputed(found.samples, config).keys() | bounds
     assert 0 < found.results["lipschitz_lower"] <= found.results["lipschitz_upper"]
 
@@ -214,6 +214,74 @@ def test_certified_is_below_observed_and_flags_agree_with_distances(data, model,
         for name in config.attacks:
             flags = rows[f"robust_{name}_eps_{eps:g}"].astype(bool)
             assert (flags == (rows[f"distance_{name}"] > eps)).all()
+
+
+def deep(data, seed=0):
+    """A ReLU network of three layers: random features, and least squares on the last of them."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(SIDE * SIDE, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, CLASSES)
+    )
+    with torch.no_grad():
+        for layer in (model[1], model[3]):
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5)
+            layer.bias.zero_()
+        features = model[:5](data.train.x).double()
+        targets = nn.functional.one_hot(data.train.y, CLASSES).double()
+        model[5].weight.copy_(torch.linalg.lstsq(features, targets, driver="gelsd").solution.T)
+        model[5].bias.zero_()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def network(data):
+    return deep(data)
+
+
+@pytest.mark.parametrize(
+    ("method", "norm"), [("lipsdp", "l2"), ("lipsdp-first-order", "l2"), ("auto", "linf"), ("local", "l2")]
+)
+def test_tighter_bounds_stand_beside_the_product(data, network, method, norm):
+    options = {"norm": norm, "attacks": ("pgd",), "eps": (0.002, 0.01, 0.05)}
+    product = evaluate(network, settings(**options), data)
+    config = settings(**options, bound=method, bound_budget=1)
+    found = evaluate(network, config, data)
+    for key, value in product.results.items():
+        if key.startswith("certified_accuracy_eps"):
+            assert found.results[key.replace("accuracy", "accuracy_product")] == value
+            assert found.results[key] >= value
+    assert found.results["lipschitz_product_upper"] == product.results["lipschitz_upper"]
+    assert found.results["mean_certified_radius_product"] == product.results["mean_certified_radius"]
+    assert found.results["mean_certified_radius"] > 1.2 * product.results["mean_certified_radius"]
+    assert product.results["lipschitz_lower"] <= found.results["lipschitz_lower"] * (1 + 1e-6)
+    assert found.results["lipschitz_lower"] <= found.results["lipschitz_upper"] <= product.results["lipschitz_upper"]
+    assert 0 < found.results["lipschitz_pair_lower"] <= found.results["lipschitz_pair_upper"]
+    assert found.results["bounds_s"] > 0
+    assert found.samples["radius_product"].equals(product.samples[f"radius_{norm}"].rename("radius_product"))
+    for one in ORDERS:
+        assert (found.samples[f"radius_{one}"] >= product.samples[f"radius_{one}"] * (1 - 1e-9)).all()
+        methods = set(found.samples[f"radius_method_{one}"])
+        assert any(name.startswith("local") for name in methods) == (method == "local")
+        assert methods != {"product"}
+    rows = found.samples[found.samples["attacked"]]
+    assert (rows[f"radius_{norm}"] <= rows["distance"]).all()
+    told = json.loads(bounds_json(found.bounds))
+    assert told[norm]["attempts"][0]["method"] == "product"
+    assert len(told[norm]["attempts"]) > 1
+
+
+def test_local_radii_are_held_against_the_attacks(data, network, monkeypatch):
+    from speccert.experiments import evaluation
+
+    def larger(*given, **more):
+        found = honest(*given, **more)
+        return dataclasses.replace(found, radius=10 * found.radius)
+
+    honest = evaluation.local_radii
+    monkeypatch.setattr(evaluation, "local_radii", larger)
+    config = settings(attacks=("ddn",), bound="local", bound_budget=0.5)
+    with pytest.raises(CertificateViolationError, match="certificate broken"):
+        evaluate(network, config, data)
 
 
 def test_misclassified_samples_have_radius_and_distance_zero(data, model):
@@ -307,6 +375,8 @@ def test_bounds_as_json_have_every_norm_and_layer(data, model, found):
     assert exact <= layer["upper"] == pytest.approx(told["l2"]["upper"], rel=1e-6)
     assert 0 < told["l2"]["lower"] <= told["l2"]["upper"]
     assert layer.keys() == {"name", "kind", "lower", "upper", "method"}
+    (attempt,) = told["l2"]["attempts"]
+    assert attempt == {**attempt, "method": "product", "upper": told["l2"]["upper"], "proved": True, "note": ""}
 
 
 def test_bounds_as_json_have_null_for_what_overflows(found):

@@ -35,6 +35,7 @@ def test_every_setting_has_a_flag_with_help():
         ({"attack_samples": "unset"}, {"attack_samples": None}),
         ({"checkpoint": "a,b.safetensors"}, {"checkpoint": "a,b.safetensors"}),
         ({"checkpoint": "unset"}, {"checkpoint": None}),
+        ({"bound_budget": "90, 2m"}, {"bound_budget": ["90", "2m"]}),
         ({"preset": "quick"}, {"preset": "quick"}),
         ({"preset": "small, big"}, {"preset": ["small", "big"]}),
     ],

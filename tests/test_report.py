@@ -194,6 +194,17 @@ def test_the_headline_names_the_best_cells_and_the_widest_gap(runs, report):
     assert "widest gap, certified to observed 25.0 points cap at threshold 2, ε = 0.3" in text
 
 
+def test_the_product_stands_beside_a_tighter_bound(runs, report):
+    results = {"certified_accuracy_product_eps_0.3": 0.125, "lipschitz_product_upper": 9.0, "bounds_s": 1.0}
+    finish(runs, CellConfig(eps=(0.3,), bound="auto"), **results)
+    finish(runs, CellConfig(eps=(0.3,)))
+    first, second = report().table()
+    assert [first[key] for key in ("bound", "ε = 0.3 certified", "ε = 0.3 certified by the product")] == [
+        *("auto", "25.0", "12.5")
+    ]
+    assert (second["bound"], second["ε = 0.3 certified by the product"]) == ("product", MISSING)
+
+
 def test_observed_values_stand_beside_what_is_certified_on_the_same_samples(runs, report):
     results = {"certified_accuracy_eps_0.3": 0.625, "certified_accuracy_attacked_eps_0.3": 0.25, "attacked_count": 4}
     finish(runs, CellConfig(eps=(0.3,)), **results, **{"worst_case_accuracy_eps_0.3": 0.5})

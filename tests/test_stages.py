@@ -12,13 +12,14 @@ from torch import nn
 from speccert.attacks import available_attacks
 from speccert.certify import rules
 from speccert.certify.linear import Dense
+from speccert.experiments.bound_stage import BoundRequest, bound_one
 from speccert.experiments.cell import run_cell
 from speccert.experiments.checkpoints import save_checkpoint
 from speccert.experiments.config import CellConfig, ConfigError
 from speccert.experiments.evaluation import CertificateViolationError
 from speccert.experiments.execution import Execution
 from speccert.experiments.spec import RunSpec
-from speccert.experiments.stages import attack_one, bound_one, open_model, train_one
+from speccert.experiments.stages import attack_one, open_model, train_one
 from speccert.experiments.store import RunFolder, StoreError
 
 TINY = {**tiny.TINY, "seed": 3}
@@ -119,31 +120,6 @@ def test_a_table_of_all_attacks_is_not_cut(finished, monkeypatch):
     assert all(name in text(shown) for name in available_attacks("l2"))
 
 
-def test_the_bound_of_a_users_linear_model_is_its_norm(models):
-    save_checkpoint(models / "weights.safetensors", weights())
-    weight = weights()["1.weight"].double()
-    shown = console()
-    opened = open_model("stage_models:linear", checkpoint=models / "weights.safetensors", dataset="digits")
-    found = bound_one(opened, norm="l2", method="product", console=shown)
-    exact = float(torch.linalg.matrix_norm(weight, 2))
-    assert exact <= found.upper <= exact * (1 + 1e-6)
-    assert found.lower == pytest.approx(exact, rel=1e-5)
-    pairs = torch.cdist(weight, weight)
-    assert (found.pairwise.double() >= pairs - 1e-9).all()
-    assert f"at most {exact:.6g} (product)" in text(shown)
-    assert f"{pairs[pairs > 0].min():.6g} to {pairs.max():.6g}" in text(shown)
-    linf = bound_one(opened, norm="linf", method="product", console=console())
-    assert linf.upper >= float(weight.abs().sum(1).max())
-
-
-def test_bounds_print_without_broken_lines(finished):
-    shown = console(60)
-    bound_one(open_model(str(finished[0].path)), norm="l2", method="product", console=shown)
-    (line,) = (line for line in text(shown).splitlines() if line.startswith("Lipschitz constant"))
-    assert line.endswith("(product)")
-    assert "…" not in text(shown)
-
-
 def test_a_torch_checkpoint_is_read_too(models):
     torch.save(weights(), models / "weights.pt")
     opened = open_model("stage_models:linear", checkpoint=models / "weights.pt", dataset="digits")
@@ -206,7 +182,7 @@ def test_a_model_that_cannot_be_opened_is_refused_in_one_line(name, more, error,
 def test_a_model_without_a_certificate_is_refused_in_one_line(name, message, models):
     opened = open_model(f"stage_models:{name}", dataset="digits")
     with pytest.raises(ValueError, match=message):
-        bound_one(opened, norm="l2", method="product", console=console())
+        bound_one(opened, BoundRequest(), console=console())
     with pytest.raises(ValueError, match=message):
         attack_one(opened, {"attacks": ["fgsm"]}, console=console())
 

@@ -36,6 +36,16 @@ def test_a_plan_gives_every_cell_in_its_order_and_to_the_bit(tmp_path):
     assert planned(tmp_path, ["seed"]) == {config_id(cell): {"seed": cell.seed} for cell in CELLS}
 
 
+def test_a_plan_of_an_earlier_version_has_the_defaults_of_later_settings(tmp_path):
+    write_plan(tmp_path, CELLS)
+    (path,) = (tmp_path / MACHINERY).glob("plan-*.parquet")
+    pq.write_table(pq.read_table(path).drop_columns(["bound_budget"]), path)
+    found = planned(tmp_path)
+    assert list(found) == [config_id(cell) for cell in CELLS]
+    assert {row["bound_budget"] for row in found.values()} == {CellConfig().bound_budget}
+    assert planned(tmp_path, ["seed"]) == {config_id(cell): {"seed": cell.seed} for cell in CELLS}
+
+
 def test_equal_studies_share_a_plan_and_others_are_joined(tmp_path):
     write_plan(tmp_path, CELLS[:3])
     write_plan(tmp_path, CELLS[:3])

@@ -39,6 +39,17 @@ def shown(table, **options):
     return stream.getvalue()
 
 
+def test_a_bound_that_all_share_is_in_the_title_and_the_product_beside_it():
+    extra = {"certified_accuracy_product_eps_0.3": 0.25}
+    text = to_markdown(robustness_table(frame(run(bound="auto", results=extra), run(constraint="clip", bound="auto"))))
+    assert "**digits, mlp, l2, bound auto: accuracy and bounds**" in text
+    assert "certified (product)" in text
+    assert "| 25.0 |" in " ".join(text.split())
+    mixed = to_markdown(robustness_table(frame(run(bound="auto", results=extra), run())))
+    assert "**digits, mlp, l2: accuracy and bounds**" in mixed
+    assert "| auto " in mixed
+
+
 def test_markdown_of_a_pivot():
     assert to_markdown(PIVOT) == (
         "**clean (%), mean ± 95 % interval**\n\n"

@@ -42,6 +42,27 @@ def test_columns_and_means():
     assert not [name for name in table.columns if name.endswith("_std")]
 
 
+def tighter(bound="auto", **changes):
+    extra = {"certified_accuracy_product_eps_0.3": 0.25, "lipschitz_product_upper": 4.0, "bounds_s": 3.0}
+    return run(bound=bound, results={**extra, **changes})
+
+
+def test_a_tighter_bound_is_named_and_stands_beside_the_product():
+    mixed = robustness_table(frame(run(), tighter()))
+    assert mixed.columns[:6].tolist() == ["dataset", "model", "norm", "bound", "constraint", "threshold"]
+    assert mixed["bound"].tolist() == ["auto", "product"]
+    assert mixed["certified_accuracy_product_eps_0.3"].tolist() == [0.25, pytest.approx(math.nan, nan_ok=True)]
+    names = [name for name in mixed.columns if "_eps_" in name and not name.endswith("_ci95")]
+    assert names[:2] == ["certified_accuracy_eps_0.3", "certified_accuracy_product_eps_0.3"]
+    assert robustness_table(frame(tighter()))["bound"].tolist() == ["auto"]
+
+
+def test_without_a_tighter_bound_nothing_is_added():
+    table = robustness_table(frame(run()))
+    assert not {"bound", "certified_accuracy_product_eps_0.3"} & set(table.columns)
+    assert robustness_table(frame(run(), tighter()), by="bound")["bound"].tolist() == ["auto", "product"]
+
+
 def test_a_row_a_seed():
     table = robustness_table(
         frame(*(run(seed=seed, results={"clean_accuracy": 0.5 + 0.1 * seed}) for seed in (1, 0))), aggregate=False

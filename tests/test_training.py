@@ -226,6 +226,10 @@ def test_baselines_train_with_any_loss_and_report_their_norms():
     assert row["lipschitz_bound"] >= row["largest_layer_norm"] > 0
 
 
+def test_cells_that_differ_in_the_bound_alone_train_the_same_network():
+    assert_same(train(cell(), blobs()), train(cell(bound="local", bound_budget=1e9), blobs()))
+
+
 def test_the_cap_holds_every_layer():
     result = train(cell(threshold=0.7), blobs())
     assert (result.history["largest_layer_norm"] <= 0.7 * (1 + 1e-3)).all()

@@ -1,18 +1,33 @@
 """Mistakes known from other tools, one test each; those on training, attacks and storage are elsewhere."""
 
+import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+from exact_lipschitz import random_neurons, reachable
 from oracles import Wired, exact_copy, jacobian, matrix_norm, operator_norm, random, randomised
+from scipy import special, stats
 from torch import nn
 from torch.nn.utils import parametrize
 
 from speccert.attacks import attack
-from speccert.certify import certified_radii, estimate_norm, lipschitz, norm_bounds, register_rule
+from speccert.certify import (
+    certified_radii,
+    estimate_norm,
+    interior_point,
+    lipschitz,
+    norm_bounds,
+    register_rule,
+    sdp,
+)
 from speccert.certify.convolution import torus_bound
+from speccert.certify.inequality import prove
+from speccert.certify.interior_point import SolverFailed, solve
 from speccert.certify.linear import Dense, float64
-from speccert.certify.rules import linear_map_of
+from speccert.certify.rules import Call, linear_map_of
+from speccert.certify.slopes import slopes_of
 from speccert.models import BASELINES, CONSTRAINTS, Normalize, Residual, constrain
 
 
@@ -295,10 +310,113 @@ def batched(*shape, seed=0):
     return random(*shape, seed=seed).float()
 
 
-@pytest.mark.parametrize("method", ["lipsdp", "lipsdp-network", "eclipse", "sdp"])
-def test_no_bound_of_a_solver_is_taken_on_trust(method):
+@pytest.mark.parametrize("method", ["lipsdp-network", "lipsdp-rand", "eclipse", "sdp"])
+def test_forms_that_couple_neurons_are_no_method(method):
+    """LipSDP-Network, with multipliers between neurons, gives less than the true constant: here 0.588 for 1.257."""
     with pytest.raises(ValueError, match="method"):
         lipschitz(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)).eval(), (3,), method)
+
+
+TIGHT = ("lipsdp", "lipsdp-layer", "lipsdp-first-order", "auto")
+
+
+def tiny_net(seed, sizes=(2, 3, 3, 2)):
+    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
+    return randomised(nn.Sequential(*layers[:-1]), seed, scale=1.0).double()
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_lipsdp_is_never_below_the_linear_pieces_that_are_reached(seed):
+    model = tiny_net(seed)
+    pieces = reachable(model)
+    pair = np.linalg.norm(pieces[:, 0] - pieces[:, 1], axis=1).max()
+    for method in TIGHT if seed < 3 else ("lipsdp",):
+        bound = lipschitz(model, (2,), method, budget=5.0)
+        assert bound.upper >= np.linalg.norm(pieces, 2, (1, 2)).max()
+        assert float(bound.pairwise[0, 1]) >= pair
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.999, 1.001, 1e6, math.nan, math.inf])
+def test_multipliers_of_a_solver_are_not_taken_on_trust(factor, monkeypatch):
+    """Whatever a solver answers, and calls optimal, is proved anew or not used."""
+    solved = sdp.solve
+    monkeypatch.setattr(sdp, "solve", lambda net, **options: [factor * one for one in solved(net, **options)])
+    for seed in range(2):
+        model = tiny_net(seed)
+        bound = lipschitz(model, (2,), "lipsdp")
+        assert np.linalg.norm(reachable(model), 2, (1, 2)).max() <= bound.upper < math.inf
+        assert bound.upper <= lipschitz(model, (2,)).upper
+
+
+def test_loose_answers_of_a_first_order_solver_prove_a_bound_not_below_the_optimum():
+    """SCS's own value is below the optimum: its objective is no bound."""
+    for seed in range(3):
+        net = random_neurons((4, 6, 6), 2, seed)
+        best = prove(net, solve(net)).upper
+        assert best * (1 - 1e-7) <= prove(net, solve(net, solver="scs")).upper < best * 1.01
+
+
+@pytest.mark.parametrize("status", ["infeasible", "unbounded", "infeasible_inaccurate"])
+def test_the_status_of_a_solver_is_read(status, monkeypatch):
+    monkeypatch.setattr(interior_point, "_run", lambda program, solver, seconds: setattr(program, "_status", status))
+    with pytest.raises(SolverFailed, match=status):
+        solve(random_neurons((4, 6), 2), solver="clarabel")
+
+
+@pytest.mark.parametrize("coupling", ["network", "network-rand", "pairs", True])
+def test_only_multipliers_of_single_neurons_or_layers_can_be_asked_for(coupling):
+    with pytest.raises(ValueError, match="coupling"):
+        solve(random_neurons((4, 6), 2), coupling=coupling)
+
+
+@pytest.mark.parametrize(
+    ("layer", "derivative"),
+    [
+        (nn.SiLU(), lambda v: special.expit(v) * (1 + v * (1 - special.expit(v)))),
+        (nn.GELU(), lambda v: stats.norm.cdf(v) + v * stats.norm.pdf(v)),
+        (nn.Softplus(), special.expit),
+        (nn.Sigmoid(), lambda v: special.expit(v) * (1 - special.expit(v))),
+        (nn.Tanh(), lambda v: 1 - np.tanh(v) ** 2),
+        (nn.LeakyReLU(-2.0), lambda v: np.where(v > 0, 1.0, -2.0)),
+        (nn.ELU(3.0), lambda v: np.where(v > 0, 1.0, 3.0 * np.exp(np.minimum(v, 0)))),
+    ],
+    ids=str,
+)
+def test_slope_ranges_include_both_peaks(layer, derivative):
+    """SiLU's slopes go down to -0.0998, not -0.0734, and those of GELU up to 1.129, not 1."""
+    slopes = slopes_of(type(layer), Call("", layer, (), {}, (1,), (1,)))
+    values = derivative(np.linspace(-12, 12, 200_001))
+    assert slopes.low <= values.min()
+    assert slopes.high >= values.max()
+    assert slopes.high - slopes.low <= values.max() - values.min() + 1e-2
+
+
+@pytest.mark.parametrize("method", TIGHT)
+def test_tight_bounds_count_layers_that_are_no_plain_dense_ones(method):
+    """A convolution is not skipped, a scale not taken for 1, and GELU not for ReLU."""
+    model = randomised(nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.GELU(), nn.Linear(8, 3))).double()
+    before = lipschitz(model, (1, 3, 3), method, budget=5.0).upper
+    model[0].weight.data.mul_(1000)
+    assert lipschitz(model, (1, 3, 3), method, budget=5.0).upper == pytest.approx(1000 * before, rel=1e-3)
+    scaled = nn.Sequential(model, Scale(100.0)).eval()
+    with pytest.raises(ValueError, match="no Lipschitz rule"):
+        lipschitz(scaled, (1, 3, 3), method)
+
+
+class Scale(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return torch.special.expm1(self.factor * x)
+
+
+@pytest.mark.parametrize("method", TIGHT)
+def test_tight_bounds_take_layers_without_bias(method):
+    model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False)).eval()
+    bound = lipschitz(model, (3,), method, budget=5.0)
+    assert 0 < bound.upper <= lipschitz(model, (3,)).upper
 
 
 @pytest.mark.parametrize("threshold", [0.1, 1.0, 3.0])

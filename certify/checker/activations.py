@@ -17,6 +17,7 @@ from .balls import Fixed, aligned, balls, fixed, from_balls, plus, rational, tim
 from .picks import NOTHING, Activation, group_sort, householder, max_min, max_pool, one, pick
 from .reading import Reading, real_name
 from .rounds import Rounds
+from .slopes import absolute_slopes, between, unit_slopes
 
 # sup |f'|, each proved by a test in interval arithmetic to within one unit of its last digit.
 _GELU_TANH = 1.128993068659
@@ -64,13 +65,14 @@ def _clamped(low: float, high: float) -> Callable[[Fixed], Fixed]:
 def _hardtanh(use: Reading) -> Activation:
     low, high = float(use.layer.min_val), float(use.layer.max_val)
     level = max((abs(end) for end in (low, high) if math.isfinite(end)), default=0.0)
-    return Activation(_clamped(low, high), one, Rounds("steps", 1, gain=arb(0), offset=_filled(arb(level), use)))
+    rounds = Rounds("steps", 1, gain=arb(0), offset=_filled(arb(level), use))
+    return Activation(_clamped(low, high), one, rounds, unit_slopes(use.in_shape))
 
 
 def _relu6(use: Reading) -> Activation:
     if (use.layer.min_val, use.layer.max_val) != (0.0, 6.0):
         return _hardtanh(use)
-    return Activation(_clamped(0.0, 6.0), one, Rounds("steps", 0, gain=arb(1)))
+    return Activation(_clamped(0.0, 6.0), one, Rounds("steps", 0, gain=arb(1)), unit_slopes(use.in_shape))
 
 
 def _leaky(use: Reading) -> Activation:
@@ -82,7 +84,8 @@ def _leaky(use: Reading) -> Activation:
         return plus(_relu(x), falling)
 
     factor = arb(max(1.0, abs(value)))
-    return Activation(apply, _constant(factor), Rounds("steps", 2, gain=factor))
+    slopes = between(arb(min(1.0, value)), arb(max(1.0, value)))(use.in_shape)
+    return Activation(apply, _constant(factor), Rounds("steps", 2, gain=factor), slopes)
 
 
 def _softshrink(use: Reading) -> Activation:
@@ -93,7 +96,8 @@ def _softshrink(use: Reading) -> Activation:
     def shrink(x: arb) -> arb:
         return (x - level).max(arb(0)) + (x + level).min(arb(0))
 
-    return Activation(_by_balls(shrink), one, Rounds("steps", 2, gain=arb(1), offset=_filled(level, use)))
+    rounds = Rounds("steps", 2, gain=arb(1), offset=_filled(level, use))
+    return Activation(_by_balls(shrink), one, rounds, unit_slopes(use.in_shape))
 
 
 def _elu(use: Reading) -> Activation:
@@ -104,19 +108,27 @@ def _elu(use: Reading) -> Activation:
     def function(x: arb) -> arb:
         return x.max(arb(0)) + alpha * x.min(arb(0)).expm1()
 
-    return Activation(
-        _by_balls(function), _constant(factor), Rounds("steps", 8, gain=factor, offset=_filled(size, use))
-    )
+    rounds = Rounds("steps", 8, gain=factor, offset=_filled(size, use))
+    slopes = between(alpha.min(arb(0)), alpha.max(arb(1)))(use.in_shape)
+    return Activation(_by_balls(function), _constant(factor), rounds, slopes)
 
 
 def _smooth(
-    function: Callable[[arb], arb], factor: arb, units: int, gain: arb | None = None, level: arb | None = None
+    function: Callable[[arb], arb],
+    factor: arb,
+    units: int,
+    gain: arb | None = None,
+    level: arb | None = None,
+    *,
+    least: arb | None = None,
 ) -> Callable[[Reading], Activation]:
+    """`factor` is the largest slope, `least` the least one, 0 where None."""
+
     def build(use: Reading) -> Activation:
         offset = arb(0) if level is None else _filled(level, use)
-        return Activation(
-            _by_balls(function), _constant(factor), Rounds("steps", units, gain=gain or arb(1), offset=offset)
-        )
+        rounds = Rounds("steps", units, gain=gain or arb(1), offset=offset)
+        slopes = between(arb(0) if least is None else least, factor)(use.in_shape)
+        return Activation(_by_balls(function), _constant(factor), rounds, slopes)
 
     return build
 
@@ -145,10 +157,11 @@ def _gelu(use: Reading) -> Activation:
     if kind not in ("none", "tanh"):
         raise use.refused(f"approximate={kind!r}")
     root = arb(2).sqrt()
+    # f'(x) + f'(-x) = 1 for both forms and for SiLU, so that the least slope is 1 less the largest
     exact = _normal(root) + root * (-arb(1)).exp() / (2 * arb.pi()).sqrt()  # its derivative is largest at sqrt(2)
     if kind == "none":
-        return _smooth(lambda x: x * _normal(x), exact, 16)(use)
-    return _smooth(_gelu_tanh, arb(_GELU_TANH), 16)(use)
+        return _smooth(lambda x: x * _normal(x), exact, 16, least=1 - exact)(use)
+    return _smooth(_gelu_tanh, arb(_GELU_TANH), 16, least=1 - arb(_GELU_TANH))(use)
 
 
 def _log_sigmoid(use: Reading) -> Activation:
@@ -163,15 +176,16 @@ def _softplus(use: Reading) -> Activation:
     scale = arb(rational(float(beta)))
     level, jump = arb(2).log() / scale, arb(_JUMP) / scale
     rounds = Rounds("steps", 8, gain=arb(1), offset=_filled(level, use), jump=_filled(jump, use), peak=scale)
-    return Activation(_by_balls(lambda x: _log_one_plus_exp(scale * x) / scale), one, rounds)
+    smooth = _by_balls(lambda x: _log_one_plus_exp(scale * x) / scale)
+    return Activation(smooth, one, rounds, unit_slopes(use.in_shape))
 
 
 def _entries() -> dict[Any, Callable[[Reading], Activation]]:
     tanh = _smooth(lambda x: x.tanh(), arb(1), 10)
     sigmoid = _smooth(_sigmoid, arb(fmpq(1, 4)), 8, arb(fmpq(1, 4)), arb(fmpq(1, 2)))
     rows: list[tuple[tuple[Any, ...], Callable[[Reading], Activation]]] = [
-        ((nn.ReLU, torch.relu, functional.relu, "relu"), pick(_relu)),
-        ((torch.abs, operator.abs, "abs"), pick(_absolute)),
+        ((nn.ReLU, torch.relu, functional.relu, "relu"), pick(_relu, unit_slopes)),
+        ((torch.abs, operator.abs, "abs"), pick(_absolute, absolute_slopes)),
         ((nn.ReLU6,), _relu6),
         ((nn.Hardtanh,), _hardtanh),
         ((nn.LeakyReLU,), _leaky),
@@ -184,7 +198,7 @@ def _entries() -> dict[Any, Callable[[Reading], Activation]]:
         ((nn.LogSigmoid,), _log_sigmoid),
         ((nn.Softplus, functional.softplus), _softplus),
         ((nn.GELU, functional.gelu), _gelu),
-        ((nn.SiLU, functional.silu), _smooth(lambda x: x * _sigmoid(x), arb(_SILU), 8)),
+        ((nn.SiLU, functional.silu), _smooth(lambda x: x * _sigmoid(x), arb(_SILU), 8, least=1 - arb(_SILU))),
         (
             (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, functional.max_pool1d, functional.max_pool2d),
             max_pool,
@@ -196,7 +210,7 @@ def _entries() -> dict[Any, Callable[[Reading], Activation]]:
 _TABLE = _entries()
 
 _OWN: dict[str, Callable[[Reading], Activation]] = {
-    "speccert.models.activations.Abs": pick(_absolute),
+    "speccert.models.activations.Abs": pick(_absolute, absolute_slopes),
     "speccert.models.activations.MaxMin": max_min,
     "speccert.models.activations.GroupSort": group_sort,
     "speccert.models.activations.Householder": householder,

@@ -12,9 +12,10 @@ from flint import arb, fmpz
 
 from .balls import Fixed, aligned, balls, fixed, from_balls, plus, times, zeros
 from .convolution import Convolution, pad_places
-from .maps import Indices
+from .maps import Indices, Shape
 from .reading import Reading, tuple_of
 from .rounds import Rounds
+from .slopes import Slopes, groups_sorted, pairs_sorted, reflected
 
 NOTHING = zeros(())
 _HOUSEHOLDER = 34  # units: a sine and a cosine right to 4, and the 10 operations after them
@@ -22,11 +23,12 @@ _HOUSEHOLDER = 34  # units: a sine and a cosine right to 4, and the 10 operation
 
 @dataclass(frozen=True)
 class Activation:
-    """An operation that is no affine map: values, Lipschitz factor per norm, rounding."""
+    """An operation that is no affine map: values, Lipschitz factor per norm, rounding, slopes where it has such."""
 
     apply: Callable[[Fixed], Fixed]
     factor: Callable[[str], arb]
     rounds: Rounds
+    slopes: Slopes | None = None
 
 
 def one(norm: str) -> arb:
@@ -34,9 +36,9 @@ def one(norm: str) -> arb:
     return arb(1)
 
 
-def pick(apply: Callable[[Fixed], Fixed]) -> Callable[[Reading], Activation]:
+def pick(apply: Callable[[Fixed], Fixed], slopes: Callable[[Shape], Slopes]) -> Callable[[Reading], Activation]:
     """What takes each result from among its inputs or their absolute values, without rounding."""
-    return lambda use: Activation(apply, one, Rounds("steps", 0, gain=arb(1)))
+    return lambda use: Activation(apply, one, Rounds("steps", 0, gain=arb(1)), slopes(use.in_shape))
 
 
 def _sorted_pairs(x: Fixed) -> Fixed:
@@ -48,7 +50,7 @@ def max_min(use: Reading) -> Activation:
     """Sorted pairs of channels i and i + C / 2, the larger one first."""
     if use.in_shape[0] % 2:
         raise use.refused(f"inputs {use.in_shape}")
-    return pick(_sorted_pairs)(use)
+    return pick(_sorted_pairs, pairs_sorted)(use)
 
 
 def group_sort(use: Reading) -> Activation:
@@ -61,7 +63,7 @@ def group_sort(use: Reading) -> Activation:
         groups = x.mant.reshape(len(x.mant), -1, size, *x.shape[2:])
         return x.moved(np.sort(groups, axis=2).reshape(x.shape))
 
-    return pick(apply)(use)
+    return pick(apply, lambda shape: groups_sorted(shape, size))(use)
 
 
 def householder(use: Reading) -> Activation:
@@ -89,7 +91,8 @@ def householder(use: Reading) -> Activation:
             found = found.max(abs(angle.cos()) + abs(angle.sin()))
         return found
 
-    return Activation(apply, factor, Rounds("steps", _HOUSEHOLDER, gain=arb(1), peak=arb(2)))
+    slopes = reflected(use.in_shape, sines, cosines)
+    return Activation(apply, factor, Rounds("steps", _HOUSEHOLDER, gain=arb(1), peak=arb(2)), slopes)
 
 
 def max_pool(use: Reading) -> Activation:

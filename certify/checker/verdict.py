@@ -26,11 +26,12 @@ from .bounds import check_bounds, check_final, row_differences
 from .deviation import Deviation
 from .invalid import Invalid, stage
 from .network import Network, plain_copy, read, traced
+from .relaxations import check_relaxations
 from .rounds import FORMATS
 from .samples import Passed, Radii, entry_rounds, forward
 
 _READING = 1e-3  # of the largest logit: far above rounding, far below what another layer would do
-_METHODS = ("product",)
+_METHODS = ("product", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "auto")
 _NAMES = {number.dtype: name for name, number in FORMATS.items() if number.dtype is not None}
 
 
@@ -62,9 +63,9 @@ def verify(
     """Prove every claim of a certificate again, for this model and these data.
 
     In order: model digest, input shape and classes; inputs and labels of all samples; the arithmetic's constants and
-    assumptions; the norm of every affine run; the constants of all tensors; the constants of pairs of classes; margins,
-    predictions and radii. The first that cannot be proved ends the check. Nothing in the file is trusted: a claim that
-    is true but that the checker cannot prove is invalid too.
+    assumptions; the norm of every affine run; the constants of all tensors; the relaxations; the constants of pairs of
+    classes; margins, predictions and radii. The first that cannot be proved ends the check. Nothing in the file is
+    trusted: a claim that is true but that the checker cannot prove is invalid too.
 
     Args:
         certificate: as read, or the file.
@@ -88,9 +89,12 @@ def verify(
 
 def _summary(certificate: Certificate, counts: Mapping[str, int], size: int) -> str:
     certified = sum(row.radius > 0 for row in certificate.samples)
+    proved = f"{counts['runs']} norms and {counts['constants']} constants"
+    if "relaxations" in counts:
+        proved = f"{counts['runs']} norms, {counts['constants']} constants and {counts['relaxations']} relaxations"
     return (
         f"valid: {counts['samples']} of {size} samples, {certified} with a radius > 0 in {certificate.norm}, "
-        f"{certificate.arithmetic.name} arithmetic; {counts['runs']} norms and {counts['constants']} constants proved"
+        f"{certificate.arithmetic.name} arithmetic; {proved} proved"
     )
 
 
@@ -115,6 +119,8 @@ def _check(
             if norm not in certificate.bounds:
                 raise Invalid(f"bounds {norm}", "missing")
             check_bounds(network, certificate.bounds[norm], norm, counts, report)
+    with stage("relaxations"):
+        check_relaxations(network, certificate, counts, report)
     with stage("pairwise"):
         check_final(certificate, math.prod(network.nodes[0].shape))
     with stage("samples"):
