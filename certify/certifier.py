@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from .arithmetic import FLOAT64, proving
 from .deviation import Norms, Spread, overflow_limit, peaks, plan, spread, step_errors
 from .digests import model_digest
-from .execution import Executed, Float64Pass, executed
+from .execution import Executed, Float64Pass, Visit, executed
 from .graph import check_model, trace
 from .lipschitz import LipschitzBound, lipschitz
 from .rounding import down, gamma, up, up_mul, up_sqrt
@@ -164,7 +164,7 @@ class Certifier:
 
     def _proved(self, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lower bounds of the real margins, what rounding takes off them, and the radius free of overflow."""
-        computed, logits = self._computed(x, {})
+        computed, logits = self._computed(x)
         running = spread(self._steps, self._running, computed, 0.0, computed=True)
         error = self._lost(running, label)
         real = down(down(logits.gather(1, label[:, None]) - logits) - error)
@@ -191,20 +191,25 @@ class Certifier:
 
         They are proved where `Margins.real` is finite.
         """
-        kept = dict.fromkeys(nodes, x)
-        computed, _ = self._computed(x, kept)
+        kept: dict[fx.Node, Tensor] = {}
+        wanted = frozenset(nodes)
+
+        def keep(node: fx.Node, value: Tensor) -> None:
+            if node in wanted:
+                kept[node] = value.cpu().clone()  # the network may write into its tensors later
+
+        computed, _ = self._computed(x, keep)
         running = spread(self._steps, self._running, computed, 0.0, computed=True)
         return {node: (kept[node], running[node].whole) for node in nodes}
 
-    def _computed(self, x: Tensor, kept: dict[fx.Node, Tensor]) -> tuple[dict[fx.Node, Tensor], Tensor]:
-        """Norms of all tensors of the float64 pass, and its logits; the tensors of `kept` are put there."""
+    def _computed(self, x: Tensor, keep: Visit = lambda node, value: None) -> tuple[dict[fx.Node, Tensor], Tensor]:
+        """Norms of all tensors of the float64 pass, and its logits; `keep` is told every tensor too."""
         norms: dict[fx.Node, Tensor] = {}
         moved = {step.node: step.inputs[0] for step in self._steps if step.moves}
 
         def visit(node: fx.Node, value: Tensor) -> None:
             norms[node] = norms[moved[node]] if node in moved else _norms(value)
-            if node in kept:
-                kept[node] = value.cpu().clone()  # the network may write into its tensors later
+            keep(node, value)
 
         return norms, self._pass.run(x, visit).cpu()
 

@@ -34,7 +34,7 @@ METHODS = ("global", "crown", "lipsdp")
 _CLOSE = 1e-2  # relative width of a bracket that is not narrowed further
 _BALLS = 3  # most that the semidefinite inequality tries a sample
 _FURTHER = 1.25  # where it starts, in radii found before
-_NUMBERS = 1 << 20  # of all groups of a batch
+_NUMBERS = 1 << 17  # of all groups of a batch
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def local_radii(
         ValueError: margins of other samples; as `Certifier.radii`.
 
     References: Zhang et al., "Efficient neural network robustness certification with general activation functions",
-    NeurIPS 2018; Huang et al., "Training certifiably robust neural networks with efficient local Lipschitz bounds",
-    NeurIPS 2021.
+    NeurIPS 2018; Fazlyab et al., "Efficient and accurate estimation of Lipschitz constants for deep neural networks",
+    NeurIPS 2019.
     """
     if tuple(x.shape) != (len(margins.label), *certifier.input_shape):
         raise ValueError(f"x: expected the {len(margins.label)} samples of the margins, got {tuple(x.shape)}")
@@ -81,7 +81,7 @@ def local_radii(
     found = _Found.of(certifier, margins, bound)
     part = _Part.of(certifier, bound)
     wanted = (whole.radius > 0) & (whole.radius < found.limit)
-    if part is not None:
+    if part is not None and bool(wanted.any()):
         batches = torch.split(wanted.nonzero()[:, 0], part.batch)
         for kind in ("crown", "lipsdp") if suits(part.enclosure) else ("crown",):
             for batch in batches:
@@ -147,8 +147,9 @@ class _Found:
         better = torch.minimum(free, radius[:, None])
         gained = better > self.best[samples]
         self.method[samples] = torch.where(gained, method, self.method[samples])
-        self.best[samples] = torch.maximum(better, self.best[samples])
-        self.bare[samples] = torch.maximum(torch.minimum(bare, radius[:, None]), self.bare[samples])
+        self.best[samples] = torch.where(gained, better, self.best[samples])
+        bare = torch.minimum(bare, radius[:, None])
+        self.bare[samples] = torch.where(bare > self.bare[samples], bare, self.bare[samples])
         return torch.maximum(free, self.best[samples]).amin(1)
 
     def radii(self, margins: Margins, whole: Radii) -> LocalRadii:

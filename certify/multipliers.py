@@ -33,6 +33,7 @@ from .neurons import Neurons
 # Powers of the p-norm one after another, and the test for the end of each: the least gain in the logarithm over
 # `_PATIENCE` steps. A p-norm exceeds the maximum of n by up to n^(1/p), which need not be worked out finely.
 SCHEDULE = ((20.0, 1e-3), (100.0, 2e-4), (500.0, 5e-5), (3000.0, 1e-5), (3000.0, 1e-6))
+_RATIOS = (2.0, 1.0002, 1.005, 1.1, 1.4, 3.0)  # of multipliers of crossed layers to their R's largest eigenvalue
 _HISTORY = 20
 _MOST_STEPS = 300  # a power
 _PATIENCE = 5
@@ -440,22 +441,45 @@ def _largest_diagonal(
 def initial(given: Problem) -> Tensor:
     """Multipliers without a search, [P, variables] logarithms: one a layer, a multiple of the largest eigenvalue of R.
 
-    For slopes of one interval the multiple that is best where R is a multiple of the identity, which makes the bound at
-    most the product over the layers (for [0, 1]: Xu, Sivaranjani, "ECLipsE", NeurIPS 2024, its fast form).
+    For a layer that no R_kl crosses the multiple that is best where R is a multiple of the identity, which makes the
+    bound at most the product over the layers (for [0, 1]: Xu, Sivaranjani, "ECLipsE", NeurIPS 2024, its fast form);
+    for the others the best of a few.
     """
+    logs, crossed = _one_a_layer(given, _RATIOS[0])
+    if not crossed:
+        return _with_weights(given, logs)
+    tried = [logs, *(_one_a_layer(given, ratio)[0] for ratio in _RATIOS[1:])]
+    return _best(given, [_with_weights(given, one) for one in tried])
+
+
+def _best(given: Problem, tried: Sequence[Tensor]) -> Tensor:
+    """The logarithms with the smallest value, problem by problem."""
+    values = torch.stack([given.evaluate(one, SCHEDULE[-1][0]).true for one in tried])
+    chosen = values.nan_to_num(math.inf).argmin(0)
+    return torch.stack(list(tried))[chosen, torch.arange(given.count, device=given.device)]
+
+
+def _one_a_layer(given: Problem, crossed_ratio: float) -> tuple[Tensor, bool]:
+    """[P, multipliers] logarithms, and whether a layer is crossed: multiples of the largest eigenvalue of R_kk."""
     found: list[Tensor] = []
+    any_crossed = False
 
     def choose(k: int, form: Tensor, crossed: bool) -> Tensor:
+        nonlocal any_crossed
+        any_crossed |= crossed
         level = given.levels[k]
         largest = torch.linalg.eigvalsh(form.nan_to_num(0.0, 0.0, 0.0))[:, -1].clamp_min(1e-290)
         half = float((level.high - level.low).max()) / 2
-        ratio = min(1e6, 1 + max(float(level.middle.abs().max()) / max(half, 1e-9), 1.0 if crossed else 1e-4))
-        chosen: Tensor = (largest * ratio)[:, None].expand(-1, level.count)
+        ratio = min(1e6, 1 + max(float(level.middle.abs().max()) / max(half, 1e-9), 1e-4))
+        chosen: Tensor = (largest * (crossed_ratio if crossed else ratio))[:, None].expand(-1, level.count)
         found.append(chosen.log())
         return chosen
 
     _eliminate(given, choose)
-    logs = torch.cat(found[::-1], 1)
+    return torch.cat(found[::-1], 1), any_crossed
+
+
+def _with_weights(given: Problem, logs: Tensor) -> Tensor:
     if given.norm != "linf":
         return logs
     size = given.sizes[0] if given.rows is None else given.rows.shape[1]

@@ -119,7 +119,10 @@ class Enclosure:
             own = Range(centre.numbers[position], centre.errors[position][:, None], low, high)
             drawn = self._lines(position, own)
             if any(one.source for one in edges):
-                own = self._tightened(edges, own, drawn.loose, found)
+                loose = drawn.loose
+                if drawn.order is not None:  # places, not numbers, are loose
+                    loose = loose.any(1, keepdim=True).expand_as(loose)
+                own = self._tightened(edges, own, loose, found)
                 drawn = self._lines(position, own)
             found.ranges.append(own)
             found.lines.append(drawn)

@@ -44,7 +44,7 @@ class Joined(nn.Module):
 MODELS = {
     "dense": lambda: dense(32, 12, 8, 4),
     "wide": lambda: dense(32, 40, 40, 3),
-    "deep": lambda: dense(32, *[8] * 6, 4, activation=MaxMin),
+    "deep": lambda: dense(32, *[8] * 4, 4, activation=MaxMin),
     "conv": lambda: nn.Sequential(
         Normalize((0.4, 0.5), (0.2, 0.3)),
         nn.Conv2d(2, 4, 3, padding=1),
@@ -187,7 +187,7 @@ def test_no_attack_reaches_inside_a_radius(name, norm):
     x = 0.5 + 0.3 * random(2, *SHAPE, seed=3)
     certifier = Certifier(model, SHAPE, norm=norm)
     margins = certifier.margins(x)
-    found, whole = local_radii(certifier, x, margins, steps=5), certifier.radii(margins)
+    found, whole = local_radii(certifier, x, margins, steps=4), certifier.radii(margins)
     assert bool((found.radius >= whole.radius).all())
     assert bool((found.real >= found.radius).all())
     for i, sample in enumerate(x):
@@ -235,7 +235,7 @@ def test_no_point_of_a_grid_inside_a_radius_is_classified_otherwise(kind, norm):
 
 
 def distance_to_boundary(model, x, label):
-    """The exact l-infinity distance to a tie of a one-layer ReLU net, by a linear program per pattern of its neurons."""
+    """The exact l-infinity distance to a tie of a one-layer ReLU net, by a linear program a pattern of its neurons."""
     first, last = model[0], model[2]
     w, b, v, c = (p.numpy() for p in (first.weight, first.bias, last.weight, last.bias))
     least = math.inf

@@ -25,8 +25,8 @@ from speccert.models import Abs, GroupSort, Householder, MaxMin, Residual, build
 
 NORMS = ("l2", "linf", "l1")
 TIGHT = [method for method in METHODS if method != "product"]
-FEW = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-SECONDS = 1.0
+FEW = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+SECONDS = 0.3
 
 
 def dense(*sizes, activation=nn.ReLU, seed=0, scale=0.7, bias=1.0):
@@ -113,8 +113,10 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("method", TIGHT)
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*((name, "auto") for name in CHAINS), *(("relu", method) for method in TIGHT if method != "auto")],
+)
 def test_no_piece_exceeds_a_bound(name, method):
     model = CHAINS[name](1)
     jacobians = corners(model)
@@ -140,7 +142,7 @@ def test_bounds_bracket_the_exact_constant(activation, seed):
     model = dense(2, 4, 3, 2, activation=activation, seed=seed, bias=0.5)
     exact, loose = reachable(model), corners(model)
     assert largest_same(exact, "l2") <= largest_same(loose, "l2") * (1 + 1e-12)
-    for norm, bound in all_bounds(model, (2,), "auto", 3.0).items():
+    for norm, bound in all_bounds(model, (2,), "auto", 0.5).items():
         check_attained(bound, exact, norm)
         assert bound.upper <= 3 * largest_same(loose, norm)
 
@@ -206,7 +208,7 @@ class Joined(nn.Module):
 @given(networks(), st.sampled_from(["auto", "lipsdp", "lipsdp-first-order"]))
 def test_random_networks_stay_below_their_bounds(case, method):
     model, shape = case
-    check_points(model, shape, all_bounds(model, shape, method, 0.5))
+    check_points(model, shape, all_bounds(model, shape, method, 0.2))
 
 
 @pytest.mark.slow
@@ -230,7 +232,7 @@ ARCHITECTURES = [
 def test_architectures_stay_below_their_bounds(name, shape, options):
     model = randomised(build_model(name, shape, 3, **options), scale=0.4).double()
     for norm in NORMS if len(shape) == 1 else ("l2", "linf"):
-        bound = lipschitz(model, shape, "auto", norm, budget=2.0, points=random(4, *shape))
+        bound = lipschitz(model, shape, "auto", norm, budget=1.0, points=random(4, *shape))
         check_consistent(bound, lipschitz(model, shape, norm=norm), norm)
         check_points(model, shape, {norm: bound})
         assert 0 < bound.lower <= bound.upper
@@ -263,11 +265,11 @@ def part_of(model, shape, relaxation):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("method", TIGHT)
+@pytest.mark.parametrize("method", ["lipsdp", "lipsdp-first-order", "auto"])
 def test_relaxations_can_be_proved_again(method, norm):
     """From what is stored alone, by the package and in rational arithmetic."""
     model = dense(3, 4, 4, 3, seed=2)
-    bound = lipschitz(model, (3,), method, norm, budget=5.0)
+    bound = lipschitz(model, (3,), method, norm, budget=1.0)
     assert bound.relaxations
     for one in bound.relaxations:
         net = part_of(model, (3,), one)
@@ -290,7 +292,7 @@ def test_start_constants_are_those_of_the_product():
         act=nn.ReLU(),
     )
     model = randomised(model).double()
-    bound = lipschitz(model, (6,), "auto", budget=5.0)
+    bound = lipschitz(model, (6,), "auto", budget=1.0)
     constants = dict(bound.records["l2"].constants)
     assert bound.relaxations
     for one in bound.relaxations:
@@ -323,11 +325,11 @@ def test_product_is_as_it_was():
     assert math.prod(factors) <= bound.upper <= math.prod(factors) * (1 + 1e-7)
 
 
-@pytest.mark.parametrize("method", TIGHT)
+@pytest.mark.parametrize("method", ["lipsdp-first-order", "auto"])
 def test_lower_estimates_stay_below(method):
     model = dense(3, 6, 5, 3, seed=3)
     for norm in NORMS:
-        bound = lipschitz(model, (3,), method, norm, budget=2.0, points=random(5, 3))
+        bound = lipschitz(model, (3,), method, norm, budget=1.0, points=random(5, 3))
         assert 0 < bound.lower <= bound.upper
         assert bool((bound.lower_pairwise <= bound.pairwise).all())
         exact = pairs(corners(model), norm)
@@ -355,7 +357,7 @@ def test_low_precision_models_are_bounded_by_their_stored_weights(dtype):
             *[layer.double() if isinstance(layer, nn.Linear) else layer for layer in dense(3, 4, 3).to(dtype)]
         )
     )
-    check_attained(lipschitz(model, (3,), "auto", budget=3.0), exact, "l2")
+    check_attained(lipschitz(model, (3,), "auto", budget=1.0), exact, "l2")
 
 
 def scaled_layers(factors):
@@ -372,13 +374,13 @@ def scaled_layers(factors):
 )
 def test_powers_of_two_scale_the_bounds(method, factors):
     """Exactly the factor, but for where the search ends."""
-    plain, scaled = (lipschitz(scaled_layers(f), (3,), method, budget=5.0) for f in ((1.0, 1.0, 1.0), factors))
+    plain, scaled = (lipschitz(scaled_layers(f), (3,), method, budget=1.0) for f in ((1.0, 1.0, 1.0), factors))
     factor = math.prod(factors)
     assert scaled.upper == pytest.approx(factor * plain.upper, rel=5e-3)
     torch.testing.assert_close(scaled.pairwise, factor * plain.pairwise, rtol=5e-3, atol=0)
 
 
-@pytest.mark.parametrize("method", TIGHT)
+@pytest.mark.parametrize("method", ["auto", "lipsdp"])
 @pytest.mark.parametrize(
     "factors",
     [
@@ -398,4 +400,4 @@ def test_scales_at_the_edge_fall_back_to_the_product(method, factors):
             product = lipschitz(model, (3,), norm=norm)
         except ValueError:
             continue
-        check_consistent(lipschitz(model, (3,), method, norm, budget=1.0), product, norm)
+        check_consistent(lipschitz(model, (3,), method, norm, budget=0.3), product, norm)
