@@ -159,7 +159,7 @@ def main(options: argparse.Namespace) -> None:
         data = cell_data(config, options.data_root)
         model = trained(config, data, options.models)
         x, y = data.test.x[: options.samples], data.test.y[: options.samples]
-        for norm in EPS:
+        for norm in options.norms:
             test = Test.of(model, x, y, norm)
             show(list(rows(name, model, test, options.budget, options.local_budget)))
 
@@ -172,6 +172,7 @@ if __name__ == "__main__":
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for a bound")
     parser.add_argument("--local-budget", type=float, default=240.0, help="seconds for all local radii")
     parser.add_argument("--nets", nargs="*", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--norms", nargs="*", default=list(EPS), choices=list(EPS))
     chosen = parser.parse_args()
     start("Radii by method")
     main(chosen)

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .linear import check_norm
 from .neurons import Layer, Neurons, Part
 from .rounding import (
     UNIT,
@@ -104,9 +105,11 @@ def prove(
         ValueError: a number of multipliers that does not fit the layers, or of weights that does not fit the start.
     """
     held = _checked(net, multipliers)
-    if sum(net.sizes[1:]) + min(net.sizes[0], _reading(net)) > _SIDE:
+    start = net.sizes[0] if norm == "l1" else min(net.sizes[0], _reading(net))
+    if sum(net.sizes[1:]) + start > _SIDE:
         return Proved(math.inf)
-    if weights is not None and weights.shape not in ((1,), (net.sizes[0],)):
+    check_norm(norm)
+    if norm == "linf" and weights is not None and weights.shape != (net.sizes[0],):
         raise ValueError(f"weights: expected {net.sizes[0]} numbers, got shape {tuple(weights.shape)}")
     shape = torch.ones(net.sizes[0], dtype=torch.float64)
     if norm == "linf":
@@ -118,14 +121,14 @@ def prove(
     reduced = _reduced(net, shape)
     if reduced is None:
         return Proved(math.inf)
-    start = shape if reduced is net else torch.ones(reduced.sizes[0], dtype=torch.float64)
-    value = _value(reduced, held, start)
+    units = shape if reduced is net else torch.ones(reduced.sizes[0], dtype=torch.float64)
+    value = _value(reduced, held, units)
     if not 1 / _MOST < value < _MOST:
         return Proved(math.inf)
-    matrix = _Matrix(reduced, held, start * value)
+    matrix = _Matrix(reduced, held, units * value)
     for attempt in range(_ATTEMPTS):
         level = value * (1 + _FIRST * _STEP**attempt)
-        if matrix.positive(torch.diag(start * level)):
+        if matrix.positive(torch.diag(units * level)):
             tau = shape[:1] * level if norm == "l2" else up(shape * level)
             return Proved(up_sqrt(level if norm == "l2" else float(sum_up(tau))), tau)
     return Proved(math.inf)
@@ -403,7 +406,7 @@ def _power(d: Tensor) -> Tensor:
 def _prove_l1(net: Neurons, held: list[Tensor]) -> Proved:
     """By Q, what elimination leaves, raised on its diagonal."""
     rest = _eliminated(net, held)
-    if rest is None or net.sizes[0] + sum(net.sizes[1:]) > _SIDE:
+    if rest is None or not bool(torch.isfinite(rest).all()):
         return Proved(math.inf)
     rest = (rest + rest.T) / 2
     largest = float(rest.diagonal().max())

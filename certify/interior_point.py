@@ -66,7 +66,8 @@ def solve(
             raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
     if solver != "built-in" and solver.upper() not in _installed():
         raise ValueError(f"solver: {solver} is not installed; cvxpy has {', '.join(_installed()).lower()}")
-    small, factor = _unit_end(_narrowed(net) if norm == "l2" else net)
+    balanced, scales = _balanced(_narrowed(net) if norm == "l2" else net)
+    small, factor = _unit_end(balanced)
     side = sum(small.sizes)
     if side > _MOST[solver]:
         raise SolverFailed(f"an inequality of side {side} is too large for {solver}: at most {_MOST[solver]}")
@@ -85,7 +86,7 @@ def solve(
         raise SolverFailed(f"{solver}: {reason}") from reason
     if coupling == "layer":
         found = [one.expand(layer.multipliers) for one, layer in zip(found, net.layers, strict=True)]
-    found = [one * factor**2 for one in found]
+    found = [one * (factor / scale) ** 2 for one, scale in zip(found, scales, strict=True)]
     if norm == "linf":
         return [*repaired(net, found, norm, weights), weights]
     return repaired(net, found)
@@ -143,6 +144,20 @@ def _narrowed(net: Neurons) -> Neurons:
 
 def _all_parts(net: Neurons) -> list[tuple[Part, ...]]:
     return [*(layer.parts for layer in net.layers), net.output]
+
+
+def _balanced(net: Neurons) -> tuple[Neurons, list[float]]:
+    """The network with the numbers of each activation divided by a power of two near their size, which is returned."""
+    scales = [1.0]
+    layers = []
+    for layer in net.layers:
+        sizes = [largest_entry(part.matrix) * scales[part.source] for part in layer.parts]
+        size = max(sizes, default=0.0)
+        scales.append(2.0 ** round(math.log2(size)) if 0 < size < math.inf else 1.0)
+        parts = tuple(Part(p.source, p.matrix * (scales[p.source] / scales[-1])) for p in layer.parts)
+        layers.append(replace(layer, parts=parts))
+    output = tuple(Part(part.source, part.matrix * scales[part.source]) for part in net.output)
+    return Neurons(net.sizes, tuple(layers), output), scales[1:]
 
 
 def _unit_end(net: Neurons) -> tuple[Neurons, float]:

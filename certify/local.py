@@ -33,6 +33,7 @@ from .walk import Walk
 METHODS = ("global", "crown", "lipsdp")
 _CLOSE = 1e-2  # relative width of a bracket that is not narrowed further
 _BALLS = 3  # most that the semidefinite inequality tries a sample
+_SPEED = 2e8  # multiplications a second, about, at the least
 _FURTHER = 1.25  # where it starts, in radii found before
 _NUMBERS = 1 << 17  # of all groups of a batch
 
@@ -79,7 +80,7 @@ def local_radii(
     bound = certifier.bound if bound is None else bound
     whole = certifier.radii(margins, bound)
     found = _Found.of(certifier, margins, bound)
-    part = _Part.of(certifier, bound)
+    part = _Part.of(certifier, bound, budget)
     wanted = (whole.radius > 0) & (whole.radius < found.limit)
     if part is not None and bool(wanted.any()):
         batches = torch.split(wanted.nonzero()[:, 0], part.batch)
@@ -176,8 +177,8 @@ class _Part:
         self.classes = certifier.graph.shapes[found.end][0]
 
     @classmethod
-    def of(cls, certifier: Certifier, bound: LipschitzBound) -> _Part | None:
-        """None where no part with an activation has a form."""
+    def of(cls, certifier: Certifier, bound: LipschitzBound, budget: float) -> _Part | None:
+        """None where no part with an activation has a form, or the seconds would not do for one sample."""
         graph = certifier.graph
         walk = Walk(graph, norm_of=lambda name, parts, linear: 1.0, factor_of=lambda rule, call: 1.0, prepare=float64)
         constants = dict(bound.records["l2"].constants)
@@ -190,6 +191,8 @@ class _Part:
                 continue
             if not found.activations:
                 return None
+            if _cost(found) > _SPEED * budget:
+                continue
             if node is graph.input:
                 return cls(certifier, found, walk, bound.norm, 1.0)
             scale = up_mul(certifier.stretch(bound.norm), constants[node.name])
@@ -242,6 +245,17 @@ class _Part:
                 kept = warm.setdefault(rival, torch.full((sum(self._form.sizes[1:]),), math.nan, dtype=torch.float64))
                 kept[quadratic.neurons] = multipliers
         return found
+
+
+def _cost(found: Form) -> float:
+    """Multiplications of one linear relaxation of a sample, about, were all neurons loose."""
+    total, below = 0.0, 0.0
+    for one in found.activations:
+        for term in one.terms:
+            if term.operator is not None:
+                below += math.prod(one.shape) * min(term.operator.terms, found.sizes[term.source])
+        total += math.prod(one.shape) * below
+    return total
 
 
 class _Search:

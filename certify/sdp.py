@@ -254,7 +254,7 @@ class Tightener:
         except SolverFailed as reason:
             note = _joined(note, str(reason))
         if part.pairs and len({one.pair for one in proved} - {None}) < len(part.pairs):
-            note = _joined(note, "pairs stopped by the budget" if proved else "")
+            note = _joined(note, "not every pair within the budget" if proved else "")
         found.relaxations += proved
         upper = min((one.upper for one in proved if one.pair is None), default=math.inf)
         best: dict[tuple[int, int], float] = {}

@@ -113,11 +113,10 @@ def test_scales_of_the_end_and_of_the_layers(power):
     assert proved(scaled, solve(scaled)) == pytest.approx(proved(net, solve(net)) * 2.0**power, rel=1e-7)
 
 
-def test_numbers_beyond_the_range_say_so():
+def test_numbers_beyond_the_range_prove_nothing():
     huge = tuple(Part(p.source, p.matrix * 1e300) for p in NETS["chain"].layers[0].parts)
     net = replace(NETS["chain"], layers=(replace(NETS["chain"].layers[0], parts=huge), NETS["chain"].layers[1]))
-    with pytest.raises(SolverFailed, match="built-in"):
-        solve(net)
+    assert prove(net, solve(net)).upper == np.inf
 
 
 def test_an_end_of_zeros_needs_no_solver():
