@@ -152,16 +152,12 @@ def constants(bound: LipschitzBound, cost: float) -> dict[str, str]:
     }
 
 
-def main(options: argparse.Namespace) -> None:
-    torch.manual_seed(0)
-    for name in options.nets:
-        config = NETS[name]
-        data = cell_data(config, options.data_root)
-        model = trained(config, data, options.models)
-        x, y = data.test.x[: options.samples], data.test.y[: options.samples]
-        for norm in options.norms:
-            test = Test.of(model, x, y, norm)
-            show(list(rows(name, model, test, options.budget, options.local_budget)))
+def net_rows(name: str, norm: str, options: argparse.Namespace) -> Iterator[dict[str, str]]:
+    config = NETS[name]
+    data = cell_data(config, options.data_root)
+    model = trained(config, data, options.models)
+    x, y = data.test.x[: options.samples], data.test.y[: options.samples]
+    return rows(name, model, Test.of(model, x, y, norm), options.budget, options.local_budget)
 
 
 if __name__ == "__main__":
@@ -175,4 +171,5 @@ if __name__ == "__main__":
     parser.add_argument("--norms", nargs="*", default=list(EPS), choices=list(EPS))
     chosen = parser.parse_args()
     start("Radii by method")
-    main(chosen)
+    for norm in chosen.norms:
+        show([row for name in chosen.nets for row in net_rows(name, norm, chosen)])

@@ -6,6 +6,7 @@ from the real one, anywhere in the ball, is taken off (see `deviation`).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .rules import leaf_types
 
 _ROOT_2 = 1.4142135623730951  # rounded up
 _WIDE = 1 + 2.0**-40  # covers the rounding of a dozen operations
+_HASHED = 1024  # samples converted at once for their digest
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Margins:
         lost: [B, K] upper bounds of what rounding takes off at the sample itself.
         slope: [B, K] upper bounds of what it takes off further per unit of l2 distance.
         limit: [B] l2 distance up to which no number can overflow.
+        digest: of the samples, whatever their type, and of the network and its arithmetic.
     """
 
     label: Tensor
@@ -47,6 +50,7 @@ class Margins:
     lost: Tensor
     slope: Tensor
     limit: Tensor
+    digest: str
 
     @property
     def lowest(self) -> Tensor:  # [B]
@@ -160,7 +164,14 @@ class Certifier:
         parts = [self._proved(part, classes) for part, classes in batches]
         real, lost, limit = (torch.cat(column) for column in zip(*parts, strict=True))
         slope = self._balls[self.executed.rounds(x.dtype)][0][label]
-        return Margins(label, prediction, logits, real, lost, slope, limit)
+        return Margins(label, prediction, logits, real, lost, slope, limit, self.digest(x))
+
+    def digest(self, x: Tensor) -> str:
+        """What ties margins to these samples, as numbers, and to this network in its arithmetic."""
+        found = hashlib.sha256(f"{self._digest} {self.executed.arithmetic.name}".encode())
+        for part in torch.split(x.detach(), _HASHED):
+            found.update((part.to("cpu", torch.float64) + 0.0).contiguous().numpy())  # -0.0 counts as 0.0
+        return found.hexdigest()
 
     def _proved(self, x: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Lower bounds of the real margins, what rounding takes off them, and the radius free of overflow."""

@@ -12,6 +12,7 @@ classes. Every ball tried gives such a radius, whether or not all of it is prove
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
@@ -22,11 +23,12 @@ from torch import Tensor
 
 from .arithmetic import proving
 from .certifier import Certifier, Margins, Radii, ratio
-from .linear import float64
+from .edges import held
+from .linear import Dense, float64
 from .lipschitz import LipschitzBound
 from .local_sdp import Quadratic, suits
-from .neurons import Form, NoForm, form
-from .preactivations import Centre, Enclosure, Region
+from .neurons import Form, NoForm, Term, form
+from .preactivations import Centre, Enclosure, Late, Region
 from .rounding import down, gamma, norm_up, up, up_mul
 from .walk import Walk
 
@@ -34,8 +36,12 @@ METHODS = ("global", "crown", "lipsdp")
 _CLOSE = 1e-2  # relative width of a bracket that is not narrowed further
 _BALLS = 3  # most that the semidefinite inequality tries a sample
 _SPEED = 2e8  # multiplications a second, about, at the least
-_FURTHER = 1.25  # where it starts, in radii found before
+_FACTORED = 4e9  # the same where matrices are multiplied by themselves and factored
+_MATRIX = 1 / 8  # what a multiplication by a matrix takes of another's time
+_SHARE = 1 / 16  # of the seconds, for a ball of each sample of a batch: at the deadline its work is lost
+_FURTHER = {"crown": 2.0, "lipsdp": 1.25}  # where they start, in radii found before
 _NUMBERS = 1 << 17  # of all groups of a batch
+_ENTRIES = 1 << 20  # of a batch of pairs' functionals
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def local_radii(
         steps: most balls tried a sample.
 
     Raises:
-        ValueError: margins of other samples; as `Certifier.radii`.
+        ValueError: margins of other samples, or of another network; as `Certifier.radii`.
 
     References: Zhang et al., "Efficient neural network robustness certification with general activation functions",
     NeurIPS 2018; Fazlyab et al., "Efficient and accurate estimation of Lipschitz constants for deep neural networks",
@@ -77,17 +83,35 @@ def local_radii(
     if tuple(x.shape) != (len(margins.label), *certifier.input_shape):
         raise ValueError(f"x: expected the {len(margins.label)} samples of the margins, got {tuple(x.shape)}")
     deadline = time.monotonic() + budget
+    if certifier.digest(x) != margins.digest:
+        raise ValueError("margins: expected those of these samples by this certifier, got those of others")
     bound = certifier.bound if bound is None else bound
     whole = certifier.radii(margins, bound)
     found = _Found.of(certifier, margins, bound)
-    part = _Part.of(certifier, bound, budget)
     wanted = (whole.radius > 0) & (whole.radius < found.limit)
-    if part is not None and bool(wanted.any()):
-        batches = torch.split(wanted.nonzero()[:, 0], part.batch)
-        for kind in ("crown", "lipsdp") if suits(part.enclosure) else ("crown",):
-            for batch in batches:
-                _Search(kind, part, found, part.centre(x[batch]), batch, deadline).run(steps)
+    if bool(wanted.any()):
+        with contextlib.suppress(Late):
+            _improve(certifier, found, bound, x, wanted.nonzero()[:, 0], steps, deadline)
     return found.radii(margins, whole)
+
+
+def _improve(
+    certifier: Certifier,
+    found: _Found,
+    bound: LipschitzBound,
+    x: Tensor,
+    wanted: Tensor,  # positions
+    steps: int,
+    deadline: float,
+) -> None:
+    """Enter what balls give; raises `Late` at the deadline."""
+    part = _Part.of(certifier, bound, deadline - time.monotonic())
+    if part is None:
+        return
+    for kind in ("crown", "lipsdp") if suits(part.enclosure) else ("crown",):
+        for batch in torch.split(wanted, part.batch):
+            part.enclosure.check()
+            _Search(kind, part, found, part.centre(x[batch]), batch).run(steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,18 +191,25 @@ class _Found:
 class _Part:
     """The network behind the first tensor from which it has a form, and the balls there."""
 
-    def __init__(self, certifier: Certifier, found: Form, walk: Walk, norm: str, scale: float) -> None:
+    def __init__(
+        self, certifier: Certifier, found: Form, walk: Walk, norm: str, scale: float, budget: float = math.inf
+    ) -> None:
+        deadline = time.monotonic() + budget
         self._certifier, self._form, self._scale = certifier, found, scale
         self._sources = [
             next(p for p in one.node.all_input_nodes if p in certifier.graph.shapes) for one in found.activations
         ]
-        self.enclosure = Enclosure(found, [walk.call_of(one.node) for one in found.activations], norm)
-        self.batch = max(1, _NUMBERS // sum(found.sizes))
+        self.enclosure = Enclosure(found, [walk.call_of(one.node) for one in found.activations], norm, deadline)
         self.classes = certifier.graph.shapes[found.end][0]
+        self.batch = max(1, int(min(_NUMBERS // sum(found.sizes), _SHARE * budget / _cost(found, self.classes))))
 
     @classmethod
     def of(cls, certifier: Certifier, bound: LipschitzBound, budget: float) -> _Part | None:
-        """None where no part with an activation has a form, or the seconds would not do for one sample."""
+        """None where no part with an activation has a form, or the seconds would not do for one sample.
+
+        From these seconds on, bounds raise `Late`, as this does itself.
+        """
+        deadline = time.monotonic() + budget
         graph = certifier.graph
         walk = Walk(graph, norm_of=lambda name, parts, linear: 1.0, factor_of=lambda rule, call: 1.0, prepare=float64)
         constants = dict(bound.records["l2"].constants)
@@ -191,12 +222,13 @@ class _Part:
                 continue
             if not found.activations:
                 return None
-            if _cost(found) > _SPEED * budget:
+            left = deadline - time.monotonic()
+            if _cost(found, graph.shapes[graph.output][0]) + _preparation(found) > left:
                 continue
             if node is graph.input:
-                return cls(certifier, found, walk, bound.norm, 1.0)
+                return cls(certifier, found, walk, bound.norm, 1.0, left)
             scale = up_mul(certifier.stretch(bound.norm), constants[node.name])
-            return cls(certifier, found, walk, "l2", scale)
+            return cls(certifier, found, walk, "l2", scale, left)
         return None
 
     def centre(self, x: Tensor) -> Centre:
@@ -222,9 +254,13 @@ class _Part:
 
     def falls(self, region: Region, label: Tensor) -> tuple[Tensor, Tensor]:
         """Constants and slopes [S, K] of how far the margins fall over balls, by linear relaxation."""
-        rows = torch.eye(self.classes, dtype=torch.float64).repeat(len(label), 1, 1)
-        rows[torch.arange(len(label)), :, label] -= 1.0  # f_j - f_label, 0 for the label itself
-        fixed, slope = self.enclosure.differences(rows, region)
+        step = max(1, _ENTRIES // (len(label) * max(self.classes, *self._form.sizes)))
+        parts = []
+        for rivals in torch.split(torch.eye(self.classes, dtype=torch.float64), step):
+            rows = rivals.repeat(len(label), 1, 1)
+            rows[torch.arange(len(label)), :, label] -= 1.0  # f_j - f_label, 0 for the label itself
+            parts.append(self.enclosure.differences(rows, region))
+        fixed, slope = (torch.cat(column, 1) for column in zip(*parts, strict=True))
         return fixed, up(slope * self._scale)
 
     def slopes(
@@ -239,6 +275,8 @@ class _Part:
         if quadratic is None:
             return found
         for rival in rivals:
+            if time.monotonic() >= self.enclosure.deadline:
+                break
             constant, multipliers = quadratic.constant(rival, label, warm.get(rival))
             found[rival] = up_mul(constant, self._scale)
             if multipliers is not None:
@@ -247,33 +285,52 @@ class _Part:
         return found
 
 
-def _cost(found: Form) -> float:
-    """Multiplications of one linear relaxation of a sample, about, were all neurons loose."""
+def _cost(found: Form, classes: int) -> float:
+    """Seconds of one linear relaxation of a sample, about, were all neurons loose."""
     total, below = 0.0, 0.0
-    for one in found.activations:
-        for term in one.terms:
-            if term.operator is not None:
-                below += math.prod(one.shape) * min(term.operator.terms, found.sizes[term.source])
-        total += math.prod(one.shape) * below
+    ends = [(one.terms, size) for one, size in zip(found.activations, found.sizes[1:], strict=True)]
+    for terms, size in (*ends, (found.terms, classes)):
+        below += sum(map(_products, terms))
+        total += size * below
+    return total / _SPEED
+
+
+def _preparation(found: Form) -> float:
+    """Seconds that the matrices of the form take, about."""
+    total = 0.0
+    for term in (*(term for one in found.activations for term in one.terms), *found.terms):
+        if term.operator is not None and held(term.operator):
+            short, long = sorted((math.prod(term.operator.in_shape), math.prod(term.operator.out_shape)))
+            total += 2.0 * short * short * long / _FACTORED
+            if not isinstance(term.operator, Dense):
+                total += short * _products(term) / _SPEED
     return total
+
+
+def _products(term: Term) -> float:
+    """Multiplications of a map; those of matrices are several times as fast."""
+    if term.operator is None:
+        return 1.0
+    source, size = math.prod(term.operator.in_shape), math.prod(term.operator.out_shape)
+    return size * min(float(term.operator.terms), source * (_MATRIX if held(term.operator) else 1.0))
 
 
 class _Search:
     """Balls around some samples: best is the one whose radius is also what follows from it without its own end."""
 
-    def __init__(self, kind: str, part: _Part, found: _Found, centre: Centre, samples: Tensor, deadline: float) -> None:
+    def __init__(self, kind: str, part: _Part, found: _Found, centre: Centre, samples: Tensor) -> None:
         self._kind, self._part, self._found = kind, part, found
-        self._centre, self._samples, self._deadline = centre, samples, deadline
+        self._centre, self._samples = centre, samples
         self._label, self._limit = found.label[samples], found.limit[samples]
         self._warm: list[dict[int, Tensor]] = [{} for _ in samples]
 
     def run(self, steps: int) -> None:
-        """Try at most so many balls a sample."""
+        """Try at most so many balls a sample; raises `Late` at the deadline."""
         low, high, bracket = self._best(slice(None)), self._limit.clone(), _Bracket.empty(len(self._samples))
-        radius = torch.minimum(low * _FURTHER, high) if self._kind == "lipsdp" else low.clone()
+        radius = torch.minimum(low * _FURTHER[self._kind], high)
         active = torch.arange(len(self._samples))
         for _ in range(min(steps, _BALLS) if self._kind == "lipsdp" else steps):
-            if not len(active) or time.monotonic() >= self._deadline:
+            if not len(active):
                 return
             tried = radius[active]
             free = torch.minimum(self._tried(active, tried), self._limit[active])
@@ -294,8 +351,7 @@ class _Search:
         if self._kind != "lipsdp":
             return free
         for position, sample in enumerate(samples.tolist()):
-            if time.monotonic() >= self._deadline:
-                break
+            self._part.enclosure.check()
             before = self._found.best[sample]
             rivals = (before < tried[position]).nonzero()[:, 0].tolist()
             rivals = sorted((j for j in rivals if j != int(label[position])), key=before.tolist().__getitem__)

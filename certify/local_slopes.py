@@ -212,12 +212,13 @@ def _kinked(numbers: Range, left: float, right: float) -> tuple[_Interval, _Inte
     # where the centre's side is unknown, both slopes may be met on either side
     below = _hull(torch.where(positive, q, p), down)
     above = _hull(torch.where(negative, p, q), up)
+    # by the crossing: rounded slopes may be equal beyond a kink as well
+    fixed_below = torch.where(positive, least >= 0, negative)
+    fixed_above = torch.where(negative, largest <= 0, positive)
     room, ends = _ROOM * (abs(left) + abs(right)), (min(left, right), max(left, right))
     return tuple(  # type: ignore[return-value]
-        tuple(
-            torch.where(low == high, end, (end + sign * room).clamp(*ends)) for end, sign in ((low, -1.0), (high, 1.0))
-        )
-        for low, high in (below, above)
+        tuple(torch.where(fixed, end, (end + sign * room).clamp(*ends)) for end, sign in ((low, -1.0), (high, 1.0)))
+        for (low, high), fixed in ((below, fixed_below), (above, fixed_above))
     )
 
 
@@ -227,7 +228,7 @@ def _hull(first: Tensor, second: Tensor) -> _Interval:
 
 def _share(far: Tensor, near: Tensor) -> Tensor:
     """far / (far + near) with far > 0 the way beyond the kink and near the way to it; 0 where it is not reached."""
-    crossing, near = far > 0, near.clamp_min(0.0)
+    crossing, near = ~(far <= 0), near.clamp_min(0.0)  # NaN: unknown
     share = far / torch.where(crossing, far + near, 1.0)
     return torch.where(crossing, torch.where(far < math.inf, share, 1.0), 0.0)
 

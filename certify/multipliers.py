@@ -34,6 +34,7 @@ from .neurons import Neurons
 # `_PATIENCE` steps. A p-norm exceeds the maximum of n by up to n^(1/p), which need not be worked out finely.
 SCHEDULE = ((20.0, 1e-3), (100.0, 2e-4), (500.0, 5e-5), (3000.0, 1e-5), (3000.0, 1e-6))
 _RATIOS = (2.0, 1.0002, 1.005, 1.1, 1.4, 3.0)  # of multipliers of crossed layers to their R's largest eigenvalue
+_NOTHING = 2.0**-240  # eigenvalue that is none
 _HISTORY = 20
 _MOST_STEPS = 300  # a power
 _PATIENCE = 5
@@ -463,12 +464,15 @@ def _one_a_layer(given: Problem, crossed_ratio: float) -> tuple[Tensor, bool]:
     """[P, multipliers] logarithms, and whether a layer is crossed: multiples of the largest eigenvalue of R_kk."""
     found: list[Tensor] = []
     any_crossed = False
+    # numbers that nothing reads have R_kk = 0; any multiplier > 0 does
+    least = max([_NOTHING, *(float(end.square().sum((1, 2)).max()) for end in given.ends.values())])
 
     def choose(k: int, form: Tensor, crossed: bool) -> Tensor:
         nonlocal any_crossed
         any_crossed |= crossed
         level = given.levels[k]
-        largest = torch.linalg.eigvalsh(form.nan_to_num(0.0, 0.0, 0.0))[:, -1].clamp_min(1e-290)
+        largest = torch.linalg.eigvalsh(form.nan_to_num(0.0, 0.0, 0.0))[:, -1]
+        largest = torch.where(largest > _NOTHING, largest, least)
         half = float((level.high - level.low).max()) / 2
         ratio = min(1e6, 1 + max(float(level.middle.abs().max()) / max(half, 1e-9), 1e-4))
         chosen: Tensor = (largest * (crossed_ratio if crossed else ratio))[:, None].expand(-1, level.count)

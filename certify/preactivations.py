@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -24,13 +25,17 @@ from torch import Tensor
 
 from .edges import Edge, edge, reduced
 from .local_slopes import Lines, Range, lines
-from .neurons import Form
+from .neurons import Form, Term
 from .rounding import UNIT, gamma, norm_up, up_sqrt
 from .rules import Call
 from .slopes import Slopes
 
 _AT_ONCE = 1 << 18  # entries of a batch of functionals
 _FLOOR = 2.0**-960  # above underflow
+
+
+class Late(Exception):  # noqa: N818
+    """The deadline has passed; nothing is wrong."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +89,15 @@ class Enclosure:
         form: from the tensor that the balls are in.
         calls: of its activations.
         norm: "l2", "linf" or "l1" of the balls.
+        deadline: of `time.monotonic`; from then on everything raises `Late` within a piece of its work.
     """
 
-    def __init__(self, form: Form, calls: Sequence[Call], norm: str) -> None:
-        self.norm, self.sizes = norm, form.sizes
+    def __init__(self, form: Form, calls: Sequence[Call], norm: str, deadline: float = math.inf) -> None:
+        self.norm, self.sizes, self.deadline = norm, form.sizes, deadline
         self._slopes = [one.slopes for one in form.activations]
         self._shapes, self._calls = [one.shape for one in form.activations], list(calls)
-        self.layers = [[edge(term, form.sizes[term.source], norm) for term in one.terms] for one in form.activations]
-        self.end = [edge(term, form.sizes[term.source], norm) for term in form.terms]
+        self.layers = [self._edges(one.terms) for one in form.activations]
+        self.end = self._edges(form.terms)
         if norm == "l2":
             self._reduce()
         self.tied = any(slopes.group > 1 for slopes in self._slopes)
@@ -99,6 +105,18 @@ class Enclosure:
         self.start = starts[0] if starts else form.sizes[0]
         # from the ball's norm to l2
         self.stretch = up_sqrt(float(form.sizes[0])) if norm == "linf" else 1.0
+
+    def check(self) -> None:
+        """Raise `Late` past the deadline."""
+        if time.monotonic() >= self.deadline:
+            raise Late
+
+    def _edges(self, terms: Sequence[Term]) -> list[Edge]:
+        found = []
+        for term in terms:
+            self.check()
+            found.append(edge(term, self.sizes[term.source], self.norm))
+        return found
 
     def _reduce(self) -> None:
         groups = [*self.layers, self.end]
@@ -114,6 +132,7 @@ class Enclosure:
         """Ranges and lines of every activation over the balls."""
         found = Region(radius, [radius * self.stretch * (1 + 2.0**-50)])
         for position, edges in enumerate(self.layers):
+            self.check()
             found.growth.append(self._growth(edges, found))
             low, high = self._direct(edges, found)
             own = Range(centre.numbers[position], centre.errors[position][:, None], low, high)
@@ -196,6 +215,7 @@ class Enclosure:
         for group in range(len(found.lines), 0, -1):
             if group not in left:
                 continue
+            self.check()
             c, drawn, growth = left.pop(group), found.lines[group - 1], found.growth[group - 1]
             size = _norms(c)
             c, fixed, steep = _relaxed(c, size, drawn, growth, found.radius)

@@ -32,6 +32,7 @@ _SHARE = 0.4  # of the time that the search for the whole end may take before th
 _BATCH = 1 << 26  # float64 numbers in the blocks of one batch of pairs
 _SPEED = 2e10  # multiplications a second, about: to tell what can't be done in time
 _INSIDE = 1e-6  # of a logarithm
+_LEAST = 2.0**-250  # multiplier, of numbers that nothing reads
 _WORTHWHILE = 0.2  # share of the time that a search of each pair must have
 _SOLVING = 1e-7  # seconds of the interior-point method by the cube of its side, about
 _SOLVER_SHARE = 0.3  # of the budget
@@ -163,7 +164,7 @@ def _logarithms(given: Problem, proposal: Proposal) -> Tensor:
 
 def _proposals(given: Problem, logs: Tensor) -> list[Proposal]:
     counts = [level.count for level in given.levels]
-    columns = torch.split(logs.cpu().exp(), [*counts, logs.shape[1] - sum(counts)], 1)
+    columns = torch.split(logs.cpu().exp().clamp_min(_LEAST), [*counts, logs.shape[1] - sum(counts)], 1)
     return [
         Proposal(tuple(column[row] for column in columns[:-1]), columns[-1][row] if given.norm == "linf" else None)
         for row in range(len(logs))
@@ -213,19 +214,20 @@ class Tightener:
         if method in ("auto", "local"):
             self._run("closed-form", norm, deadline, device, found, pairs=False)
             method = "lipsdp-first-order"
-            if norm != "l1" and self._solvable(budget):
+            if norm != "l1" and self._solvable(norm, budget):
                 self._run("lipsdp", norm, deadline, device, found, pairs=True)
-                if not found.attempts[-1].note:
+                if not found.attempts[-1].note or not seconds_left(deadline):
                     return found
         self._run(method, norm, deadline, device, found, pairs=True)
         return found
 
-    def _solvable(self, budget: float) -> bool:
+    def _solvable(self, norm: str, budget: float) -> bool:
         """Whether the interior-point method is sure to be done with all pairs in a part of the budget."""
         net = self._nets.get(self._graph.input)
         if net is None:
             return False
-        side = sum(net.sizes[1:]) + min(net.sizes[0], net.sizes[1] if len(net.sizes) > 1 else 0)
+        read = net.sizes[1] if len(net.sizes) > 1 and norm == "l2" else net.sizes[0]
+        side = sum(net.sizes[1:]) + min(net.sizes[0], read)
         return side**3 * _SOLVING * (len(self._pairs) + 1) < _SOLVER_SHARE * budget
 
     def _run(
@@ -240,7 +242,7 @@ class Tightener:
     ) -> None:
         begin = time.monotonic()
         try:
-            start, net = self._part(method, norm, deadline - begin)
+            start, net = self._part(method, seconds_left(deadline))
         except NoForm as reason:
             found.attempts.append(Attempt(method, math.inf, math.inf, time.monotonic() - begin, False, str(reason)))
             return
@@ -254,7 +256,9 @@ class Tightener:
         except SolverFailed as reason:
             note = _joined(note, str(reason))
         if part.pairs and len({one.pair for one in proved} - {None}) < len(part.pairs):
-            note = _joined(note, "not every pair within the budget" if proved else "")
+            note = _joined(note, "not every pair" if proved else "")
+        if not proved and not note:
+            note = "no multipliers were found that prove a bound"
         found.relaxations += proved
         upper = min((one.upper for one in proved if one.pair is None), default=math.inf)
         best: dict[tuple[int, int], float] = {}
@@ -269,7 +273,10 @@ class Tightener:
         if part.method == "lipsdp-first-order":
             yield from self._descended(part, deadline, device)
             return
+        begin = time.monotonic()
         for pair, proposal in self._proposals(part, deadline):
+            if pair is not None and time.monotonic() > deadline + _GRACE * (deadline - begin):
+                return
             yield self._proof(part, pair, proposal)
 
     def _descended(self, part: _Part, deadline: float, device: torch.device | str) -> Iterator[Relaxation | None]:
@@ -350,24 +357,24 @@ class Tightener:
             part.method,
         )
 
-    def _part(self, method: str, norm: str, seconds: float) -> tuple[fx.Node, Neurons]:
-        """The largest part up to the output that has a form and can be done in time; NoForm where there is none.
-
-        Methods of an interior-point solver take what has the form, and judge its size themselves.
-        """
-        reason = NoForm("no part behind an anchor has slopes")
+    def _part(self, method: str, seconds: float) -> tuple[fx.Node, Neurons]:
+        """The largest part up to the output that has a form and can be done in time; NoForm where there is none."""
+        reason, late = NoForm("no part behind an anchor has slopes"), False
         for start in self._starts():
             try:
                 found = form(self._graph, self._walk, self._graph.output, start)
                 if not found.activations:
                     break
-                if method != "closed-form" and (cost := _cost(found)) * _EVALUATIONS / _SPEED > seconds:
-                    raise NoForm(f"an evaluation of {cost:.1e} multiplications is too slow for {seconds:.0f} s")
+                if method != "closed-form" and _cost(found) * _EVALUATIONS / _SPEED > seconds:
+                    if not late:
+                        reason = NoForm(f"{seconds:.0f} s are too few for a search over {sum(found.sizes[1:])} neurons")
+                    late = True
+                    continue
                 if start not in self._nets:
                     self._nets[start] = neurons(found)
                 return start, self._nets[start]
             except NoForm as error:
-                reason = reason if start is not self._graph.input else error
+                reason = error if start is self._graph.input else reason
         raise reason
 
     def _starts(self) -> list[fx.Node]:

@@ -317,6 +317,20 @@ def test_weights_that_are_none_prove_nothing(weights):
     assert prove(net, feasible(net), "linf", torch.tensor(weights, dtype=torch.float64)).upper == math.inf
 
 
+def test_one_weight_for_many_numbers_is_refused():
+    """It would count one number where there are 16: relu(sum x) has the linf constant 16, and 5.4 was "proved"."""
+    row = torch.ones(1, 16, dtype=torch.float64)
+    unit = torch.ones(1, dtype=torch.float64)
+    net = Neurons(
+        (16, 1), (Layer((Part(0, row),), 0 * unit, unit, torch.zeros(1, dtype=torch.int64)),), (Part(1, row[:, :1]),)
+    )
+    with pytest.raises(ValueError, match="weights: expected 16 numbers"):
+        prove(net, [1.2 * unit], "linf", unit)
+    with pytest.raises(ValueError, match="norm: expected one of"):
+        prove(net, [1.2 * unit], "Linf")
+    assert prove(net, [1.2 * unit], "linf").upper >= 16
+
+
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_matrices_that_are_not_finite_prove_nothing(value, norm):

@@ -122,14 +122,14 @@ def test_relaxations_are_above_all_pieces_of_the_network(method, norm):
         assert (one.weights is None) == (norm == "l1")
         assert one.method in SDP_METHODS
     assert seen == {None, (0, 1), (0, 2), (1, 2)}
-    assert [attempt.method for attempt in found.attempts] == (
-        ["closed-form", "lipsdp-first-order"] if method == "auto" else [method]
-    )
+    tried = [attempt.method for attempt in found.attempts]
+    assert tried == [method] if method != "auto" else (tried[0] == "closed-form" and set(tried) <= set(SDP_METHODS))
     for attempt in found.attempts:
         own = [one for one in found.relaxations if one.method == attempt.method]
         assert attempt.proved
         assert attempt.upper == min(one.upper for one in own if one.pair is None)
-        assert attempt.pair_upper == max(one.upper for one in own if one.pair is not None)
+        best = [min(one.upper for one in own if one.pair == pair) for pair in {one.pair for one in own} - {None}]
+        assert attempt.pair_upper == max(best, default=math.inf)
 
 
 def test_methods_are_ordered():
@@ -213,7 +213,7 @@ def test_a_budget_that_is_too_small_is_said_so():
     begin = time.monotonic()
     found = tightener(model, (50,)).tighten("auto", "l2", 0.05)
     assert time.monotonic() - begin < 20
-    assert [attempt.method for attempt in found.attempts] == ["closed-form", "lipsdp-first-order"]
+    assert found.attempts[0].method == "closed-form"
     for attempt in found.attempts:
         assert attempt.proved == (attempt.upper < math.inf)
         assert attempt.proved or attempt.note
@@ -348,3 +348,48 @@ def test_walk_of_a_tightener_is_over_the_same_graph():
     graph = trace(randomised(model).double(), (4,), leaf_types())
     walk = Walk(graph, norm_of=lambda *_: 1.0, factor_of=lambda *_: 1.0, prepare=float64)
     assert [name for name, _ in walk.anchors()] == [name for name, _ in lipschitz(model, (4,)).records["l2"].constants]
+
+
+# what a review found
+
+
+class ZeroBranch(nn.Module):
+    """x + W2 relu(W1 x) with W2 = 0, as residual branches are often initialised, before a last layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(x + self.second(self.first(x).relu()))
+
+
+@pytest.mark.parametrize("method", ["closed-form", "lipsdp", "lipsdp-first-order"])
+def test_a_layer_that_nothing_reads_does_not_stop_the_proof(method):
+    model = randomised(ZeroBranch().double(), 0, 0.7)
+    nn.init.zeros_(model.second.weight)
+    found = lipschitz(model, (4,), method, budget=5)
+    norm = float(torch.linalg.matrix_norm(model.last.weight.detach(), 2))
+    assert found.attempts[-1].proved
+    assert norm <= found.attempts[-1].upper <= norm * (2.0 if method == "closed-form" else 1.01)
+
+
+def test_l1_of_many_inputs_asks_for_no_matrix_of_them():
+    model = randomised(nn.Sequential(nn.Linear(60000, 2), nn.ReLU(), nn.Linear(2, 2)), 0, 0.1)
+    found = lipschitz(model, (60000,), "closed-form", "l1", budget=5)  # 60000^2 numbers would be 29 GB
+    assert not found.attempts[-1].proved
+    assert "no multipliers" in found.attempts[-1].note
+    assert found.upper == found.attempts[0].upper
+
+
+def test_the_solver_is_chosen_by_what_it_keeps_of_the_start():
+    model = randomised(nn.Sequential(nn.Linear(500, 6), nn.ReLU(), nn.Linear(6, 3)), 0, 0.3)
+    assert [one.method for one in lipschitz(model, (500,), "auto", budget=3).attempts][-1] == "lipsdp"
+    in_linf = lipschitz(model, (500,), "auto", "linf", budget=3)
+    assert [one.method for one in in_linf.attempts][-1] == "lipsdp-first-order"
+
+
+def test_no_time_is_said_so():
+    model = randomised(nn.Sequential(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3)))
+    found = lipschitz(model, (6,), "lipsdp-first-order", budget=1e-3)
+    assert "0 s are too few for a search over 600 neurons" in found.attempts[-1].note

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from flint import fmpz
@@ -23,6 +25,16 @@ class Chain(Linear):
     def out_shape(self) -> Shape:  # type: ignore[override]
         """Shape that the last map gives."""
         return self.maps[-1].out_shape if self.maps else self.in_shape
+
+    @cached_property
+    def steps(self) -> tuple[Linear, ...]:
+        """The maps, those of chains and sums inside it too."""
+        return tuple(step for linear in self.maps for step in _steps(linear))
+
+    @cached_property
+    def cost(self) -> int:
+        """See `cost_of`."""
+        return sum(map(cost_of, self.maps))
 
     def apply(self, x: Fixed) -> Fixed:
         """See `Linear.apply`."""
@@ -63,17 +75,38 @@ class Sum(Linear):
         """Shape that both give."""
         return self.first.out_shape
 
+    @cached_property
+    def parts(self) -> tuple[Chain, Chain, Chain]:
+        """What both begin with, and what of each follows."""
+        before, (first, second) = _split((self.first, self.second))
+        return before, first, second
+
+    @cached_property
+    def steps(self) -> tuple[Linear, ...]:
+        """What both begin with, and the sum of what follows."""
+        before, first, second = self.parts
+        return (*before.maps, Sum(first, second)) if before.maps else (self,)
+
+    @cached_property
+    def cost(self) -> int:
+        """See `cost_of`."""
+        return sum(part.cost for part in self.parts)
+
     def apply(self, x: Fixed) -> Fixed:
         """See `Linear.apply`."""
-        return plus(self.first.apply(x), self.second.apply(x))
+        before, first, second = self.parts
+        x = before.apply(x)
+        return plus(first.apply(x), second.apply(x))
 
     def adjoint(self, y: Fixed) -> Fixed:
         """See `Linear.adjoint`."""
-        return plus(self.first.adjoint(y), self.second.adjoint(y))
+        before, first, second = self.parts
+        return before.adjoint(plus(first.adjoint(y), second.adjoint(y)))
 
     def magnitude(self) -> Linear:
         """See `Linear.magnitude`."""
-        return Sum(self.first.magnitude(), self.second.magnitude())
+        before, first, second = self.parts
+        return Chain((before.magnitude(), Sum(first.magnitude(), second.magnitude())), self.in_shape)
 
 
 @dataclass(frozen=True)
@@ -89,23 +122,68 @@ class Concat(Linear):
         """Shape that every map takes."""
         return self.maps[0].in_shape
 
+    @cached_property
+    def parts(self) -> tuple[Chain, tuple[Chain, ...]]:
+        """What all maps begin with, and what of each follows."""
+        return _split(self.maps)
+
+    @cached_property
+    def steps(self) -> tuple[Linear, ...]:
+        """What all begin with, and the concatenation of what follows."""
+        before, maps = self.parts
+        return (*before.maps, Concat(maps, self.axis, self.out_shape)) if before.maps else (self,)
+
+    @cached_property
+    def cost(self) -> int:
+        """See `cost_of`."""
+        before, maps = self.parts
+        return before.cost + sum(part.cost for part in maps)
+
     def apply(self, x: Fixed) -> Fixed:
         """See `Linear.apply`."""
-        return concatenated([linear.apply(x) for linear in self.maps], self.axis)
+        before, maps = self.parts
+        x = before.apply(x)
+        return concatenated([linear.apply(x) for linear in maps], self.axis)
 
     def adjoint(self, y: Fixed) -> Fixed:
         """See `Linear.adjoint`."""
-        ends = list(itertools.accumulate(linear.out_shape[self.axis] for linear in self.maps))[:-1]
-        parts = np.split(y.mant, ends, self.axis + 1)
-        pulls = [linear.adjoint(y.moved(part)) for linear, part in zip(self.maps, parts, strict=True)]
+        before, maps = self.parts
+        ends = list(itertools.accumulate(linear.out_shape[self.axis] for linear in maps))[:-1]
+        pieces = np.split(y.mant, ends, self.axis + 1)
+        pulls = [linear.adjoint(y.moved(piece)) for linear, piece in zip(maps, pieces, strict=True)]
         total = pulls[0]
         for pull in pulls[1:]:
             total = plus(total, pull)
-        return total
+        return before.adjoint(total)
 
     def magnitude(self) -> Linear:
         """See `Linear.magnitude`."""
-        return replace(self, maps=tuple(linear.magnitude() for linear in self.maps))
+        before, maps = self.parts
+        inner = Concat(tuple(linear.magnitude() for linear in maps), self.axis, self.out_shape)
+        return Chain((before.magnitude(), inner), self.in_shape)
+
+
+def _steps(linear: Linear) -> tuple[Linear, ...]:
+    """Maps that it is made of, one after another."""
+    return linear.steps if isinstance(linear, Chain | Sum | Concat) else (linear,)
+
+
+def cost_of(linear: Linear) -> int:
+    """How many maps are evaluated for it."""
+    return linear.cost if isinstance(linear, Chain | Sum | Concat) else 1
+
+
+def _split(maps: Sequence[Linear]) -> tuple[Chain, tuple[Chain, ...]]:
+    """The very maps that all begin with, and what of each follows.
+
+    Evaluated once and not once for each: a chain of sums would otherwise take twice the time with every sum.
+    """
+    steps = [_steps(linear) for linear in maps]
+    count = 0
+    while all(count < len(one) and one[count] is steps[0][count] for one in steps):
+        count += 1
+    before = Chain(steps[0][:count], maps[0].in_shape)
+    return before, tuple(Chain(one[count:], before.out_shape) for one in steps)
 
 
 def concatenated(parts: list[Fixed], axis: int) -> Fixed:

@@ -66,9 +66,9 @@ def semidefinite(matrix: Symmetric) -> bool:
 def _factored(guess: Mapping[Place, Array], sizes: Sequence[int], margin: float) -> dict[Place, Array] | None:
     """R with guess - margin I = R^T R about, R_mk upper triangular for m = k."""
     found = _eliminated(guess, sizes, margin, 0)
-    factor = {} if found is None else found[0]
-    largest = max((float(np.abs(block).max(initial=0.0)) for block in factor.values()), default=0.0)
-    return factor if found is not None and largest <= _LARGEST else None
+    if found is None or not all(bool((np.abs(block) <= _LARGEST).all()) for block in found[0].values()):
+        return None
+    return found[0]
 
 
 def least_first(matrix: Symmetric) -> Array | None:
@@ -77,6 +77,7 @@ def least_first(matrix: Symmetric) -> Array | None:
     return None if found is None else -found[1].get((0, 0), np.zeros((size, size)))
 
 
+@np.errstate(all="ignore")  # what overflows gives no factor, or one that proves nothing
 def _eliminated(
     guess: Mapping[Place, Array], sizes: Sequence[int], margin: float, first: int
 ) -> tuple[dict[Place, Array], dict[Place, Array]] | None:

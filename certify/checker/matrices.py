@@ -47,13 +47,18 @@ def inverse_norm(part: Linear) -> arb:
 def materialised(linear: Linear) -> Fixed:
     """The matrix [outputs, inputs] of a map, its transpose where that is less work; Refused where it is too large."""
     inputs, outputs = math.prod(linear.in_shape), math.prod(linear.out_shape)
-    if min(inputs, outputs) > _SIDE or inputs * outputs > _ENTRIES:
-        raise Refused(f"a matrix of {outputs} x {inputs} is too large for the checker")
+    within_limits(inputs, outputs)
     if isinstance(linear, Convolution):
         return _convolution_matrix(linear)
     if inputs <= outputs:
         return _images(linear.apply, linear.in_shape, outputs, transpose=True)
     return _images(linear.adjoint, linear.out_shape, inputs, transpose=False)
+
+
+def within_limits(inputs: int, outputs: int) -> None:
+    """Refused where a matrix of that size is too large."""
+    if min(inputs, outputs) > _SIDE or inputs * outputs > _ENTRIES:
+        raise Refused(f"a matrix of {outputs} x {inputs} is too large for the checker")
 
 
 def rows_of(linear: Linear) -> Fixed:

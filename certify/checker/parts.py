@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 
 from .balls import Fixed, fixed, largest, length, zeros
 from .chains import Chain, Sum
-from .maps import Gather, Linear, Scale, Shape, identity
-from .matrices import Refused, materialised
+from .maps import Dense, Gather, Linear, Scale, Shape, identity
+from .matrices import Refused, materialised, within_limits
 from .network import Network, Node
 from .slopes import Slopes
 
 _SHORT = 100  # bits of the entries of matrices
 _NUMBERS = 1 << 13  # of all activations together, at most
+_COST = 200  # maps in a sum, beyond which it becomes a matrix
 
 Terms = Mapping[int, Linear | None]
 
@@ -58,6 +59,11 @@ def part_from(network: Network, start: str) -> Part:
     return _Reader(network, start).part()
 
 
+def check_size(network: Network, start: str) -> None:
+    """Refused where the part from an anchor to the logits has no form, or matrices that are too large."""
+    _Reader(network, start).matrices()
+
+
 class _Reader:
     def __init__(self, network: Network, start: str) -> None:
         self._network, self._start = network, start
@@ -65,14 +71,26 @@ class _Reader:
         self._slopes: list[tuple[Terms, Slopes]] = []
 
     def part(self) -> Part:
+        sizes, rows = self.matrices()
+        *layers, end = [_matrices(terms, sizes) for terms in rows]
+        slopes = [one for _, one in self._slopes]
+        made = (Layer(found, one.low, one.high, one.conditions) for found, one in zip(layers, slopes, strict=True))
+        return Part(sizes, tuple(made), end)
+
+    def matrices(self) -> tuple[tuple[int, ...], list[Terms]]:
+        """Sizes of the groups, and maps to the numbers of each activation and to the logits, all within the limits."""
         for node in self._needed():
             if node.name != self._start:
                 self._terms[node.name] = self._anchor(node)
         sizes = (math.prod(self._network.node(self._start).shape), *(math.prod(s.shape) for _, s in self._slopes))
         if sum(sizes[1:]) > _NUMBERS:
             raise Refused(f"{sum(sizes[1:])} numbers of activations are more than the checker takes, {_NUMBERS}")
-        layers = tuple(Layer(_matrices(terms, sizes), one.low, one.high, one.conditions) for terms, one in self._slopes)
-        return Part(sizes, layers, _matrices(self._of(self._network.output), sizes))
+        rows = [*(terms for terms, _ in self._slopes), self._of(self._network.output)]
+        outputs = (*sizes[1:], math.prod(self._network.node(self._network.output).shape))
+        for terms, count in zip(rows, outputs, strict=True):
+            for source in terms:
+                within_limits(sizes[source], count)
+        return sizes, rows
 
     def _needed(self) -> list[Node]:
         """The anchors from the start to the logits, in order; each path to them must go through the start."""
@@ -142,9 +160,21 @@ def _merged(parts: Sequence[Terms], shape: Shape) -> Terms:
     found: dict[int, Linear | None] = {}
     for terms in parts:
         for source, linear in terms.items():
-            other = Sum(found[source] or identity(shape), linear or identity(shape)) if source in found else linear
-            found[source] = other
+            if source not in found:
+                found[source] = linear
+            else:
+                other = Sum(found[source] or identity(shape), linear or identity(shape))
+                # sums of sums that begin with nothing in common double the work each time
+                found[source] = _as_matrix(other) if other.cost > _COST else other
     return found
+
+
+def _as_matrix(linear: Linear) -> Linear:
+    """The same as one matrix between flat tensors."""
+    inputs, outputs = math.prod(linear.in_shape), math.prod(linear.out_shape)
+    weight = Dense(short(materialised(linear)), (inputs,))
+    first = Gather(np.arange(inputs), linear.in_shape, (inputs,))
+    return Chain((first, weight, Gather(np.arange(outputs), (outputs,), linear.out_shape)), linear.in_shape)
 
 
 def _placed(own: Shape, shape: Shape, axis: int, position: int) -> Linear:

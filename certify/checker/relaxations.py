@@ -10,9 +10,9 @@ from flint import arb, fmpz, fmpz_mat
 
 from ..certificate_file import Certificate
 from ..claims import NormClaim, RelaxationClaim
-from .balls import Fixed, integers, largest, matrix, scaled
+from .balls import Fixed, exponent_of, integers, largest, length, matrix, scaled
 from .definite import UNIT, least_first, semidefinite, whole
-from .invalid import Invalid
+from .invalid import Invalid, stage
 from .matrices import Refused
 from .narrowing import narrowed, selected
 from .network import Network
@@ -30,10 +30,12 @@ def check_relaxations(
     prover = Prover(network, certificate.bounds, certificate.norm)
     for position, claim in enumerate(certificate.relaxations):
         report(f"relaxation {position + 1} of {len(certificate.relaxations)}")
+        name = f"relaxation {position}"
         try:
-            prover.prove(claim)
+            with stage(name):
+                prover.prove(claim)
         except Refused as error:
-            raise Invalid(f"relaxation {position}", str(error)) from error
+            raise Invalid(name, str(error)) from error
         counts["relaxations"] = counts.get("relaxations", 0) + 1
 
 
@@ -146,12 +148,14 @@ def _in_l1(part: Part, claim: RelaxationClaim, square: arb) -> bool:
     """
     part, rows = selected(part)
     size = part.sizes[0]
-    powers: Powers = np.zeros(size, dtype=np.int64)
+    powers: Powers = np.full(size, -(exponent_of(square) // 2), dtype=np.int64)
+    if rows is not None and (widest := largest(rows.mant)):
+        powers += length(widest) + rows.exp  # m^T P m is about the square for the longest column m
     nothing = fmpz_mat(size, size)
     guess = least_first(Quadratic(part, claim.multipliers, claim.pair, powers).symmetric(nothing))
     if guess is None or not guess.max(initial=0.0) > 0:
         return False
-    powers = -np.frexp(guess.diagonal().clip(min=guess.max() * 2.0**-60))[1].astype(np.int64) // 2
+    powers = powers + -np.frexp(guess.diagonal().clip(min=guess.max() * 2.0**-60))[1].astype(np.int64) // 2
     form = Quadratic(part, claim.multipliers, claim.pair, powers)
     guess = least_first(form.symmetric(nothing))
     if guess is None or not bool((np.abs(guess) < _MOST).all()):

@@ -89,9 +89,10 @@ def verify(
 
 def _summary(certificate: Certificate, counts: Mapping[str, int], size: int) -> str:
     certified = sum(row.radius > 0 for row in certificate.samples)
-    proved = f"{counts['runs']} norms and {counts['constants']} constants"
+    runs, constants = counts.get("runs", 0), counts["constants"]
+    proved = f"{runs} norms and {constants} constants"
     if "relaxations" in counts:
-        proved = f"{counts['runs']} norms, {counts['constants']} constants and {counts['relaxations']} relaxations"
+        proved = f"{runs} norms, {constants} constants and {counts['relaxations']} relaxations"
     return (
         f"valid: {counts['samples']} of {size} samples, {certified} with a radius > 0 in {certificate.norm}, "
         f"{certificate.arithmetic.name} arithmetic; {proved} proved"
