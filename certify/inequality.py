@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .linear import check_norm
-from .neurons import Layer, Neurons, Part
+from .neurons import MOST, Layer, Neurons, Part
 from .rounding import (
     UNIT,
     cholesky_factor,
@@ -45,7 +45,7 @@ from .rounding import (
     up_sqrt,
 )
 
-_SIDE = 12288  # of the matrix of F
+_SIDE = MOST  # of the matrix of F
 _MOST = 2.0**300  # of multipliers, weights and their inverses
 _LARGE = 2.0**200  # of the norms of scaled blocks, beyond which nothing is proved
 _LOST = 2.0**-450  # more than underflow takes from an entry: the smallest normal number, enlarged by such factors

@@ -30,6 +30,7 @@ _NORMS = ("l2", "linf")
 
 # Numbers of the start that are left and neurons: beyond these a solver takes many gigabytes or hours.
 _MOST = {"built-in": 4096, "clarabel": 200, "scs": 400, "mosek": 1000}
+_FARTHEST = 400  # exponent of a scale
 _BLENDS = (0.0, *(10.0**exponent for exponent in range(-10, 0)), 0.2, 0.4, 0.7, 1.0)
 _USABLE = ("optimal", "optimal_inaccurate", "user_limit")
 
@@ -86,7 +87,7 @@ def solve(
         raise SolverFailed(f"{solver}: {reason}") from reason
     if coupling == "layer":
         found = [one.expand(layer.multipliers) for one, layer in zip(found, net.layers, strict=True)]
-    found = [one * (factor / scale) ** 2 for one, scale in zip(found, scales, strict=True)]
+    found = [one * (factor / scale) * (factor / scale) for one, scale in zip(found, scales, strict=True)]
     if norm == "linf":
         return [*repaired(net, found, norm, weights), weights]
     return repaired(net, found)
@@ -153,7 +154,8 @@ def _balanced(net: Neurons) -> tuple[Neurons, list[float]]:
     for layer in net.layers:
         sizes = [largest_entry(part.matrix) * scales[part.source] for part in layer.parts]
         size = max(sizes, default=0.0)
-        scales.append(2.0 ** round(math.log2(size)) if 0 < size < math.inf else 1.0)
+        exponent = round(math.log2(size)) if 0 < size < math.inf else 0
+        scales.append(2.0**exponent if abs(exponent) <= _FARTHEST else 1.0)
         parts = tuple(Part(p.source, p.matrix * (scales[p.source] / scales[-1])) for p in layer.parts)
         layers.append(replace(layer, parts=parts))
     output = tuple(Part(part.source, part.matrix * scales[part.source]) for part in net.output)

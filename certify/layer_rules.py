@@ -266,12 +266,18 @@ def _mean(call: Call) -> LinearMap:
 
 
 def _leaky(call: Call, norm: str) -> float:
-    slope = _module(call).negative_slope
-    return max(1.0, abs(float(slope)))
+    return max(1.0, abs(_finite(call, "negative_slope")))
 
 
 def _elu(call: Call, norm: str) -> float:
-    return max(1.0, abs(float(_module(call).alpha)))
+    return max(1.0, abs(_finite(call, "alpha")))
+
+
+def _finite(call: Call, name: str) -> float:
+    value = float(getattr(_module(call), name))
+    if not math.isfinite(value):
+        raise ValueError(f"{call.place}: expected a finite {name}, got {value}")
+    return value
 
 
 def _gelu(call: Call, norm: str) -> float:

@@ -156,7 +156,8 @@ def lipschitz(
     graph = trace(model, tuple(input_shape), leaf_types())
     bound = _product(graph, tuple(input_shape), norm)
     if method != "product" and not (points is not None and _tight(bound, model, points)):
-        bound = _tightened(graph, bound, method, budget, solver, floating_like(model).device)
+        device = floating_like(model).device
+        bound = _tightened(graph, bound, method, budget, solver, device if device.type == "cuda" else "cpu")
     if points is None:
         return bound
     return _with_lower(bound, lower_estimates(model, points, norm, steps=0 if method == "product" else _ASCENT))

@@ -24,6 +24,7 @@ from .rounding import gamma, largest_entry, norm_up, up_add, up_mul, up_sqrt
 from .slopes import Slopes, slopes_of
 from .walk import CONCATS, DIFFERENCES, SUMS, Place, Walk
 
+MOST = 12288  # numbers of all activations
 _ENTRIES = 1 << 25  # of one matrix
 _LARGEST = 2.0**100  # entry of a matrix
 _LOST = 2.0**-900  # more than underflow takes from a product of moderate numbers
@@ -255,7 +256,7 @@ def _merged(terms: Iterable[Term], shape: tuple[int, ...]) -> tuple[Term, ...]:
     return tuple(found[source] for source in sorted(found))
 
 
-def neurons(found: Form, most: int = 1 << 14) -> Neurons:
+def neurons(found: Form, most: int = MOST) -> Neurons:
     """The form with matrices.
 
     Raises:

@@ -37,7 +37,11 @@ _WORTHWHILE = 0.2  # share of the time that a search of each pair must have
 _SOLVING = 1e-7  # seconds of the interior-point method by the cube of its side, about
 _SOLVER_SHARE = 0.3  # of the budget
 _GRACE = 0.1  # of the budget, for proofs that take longer than planned
+_FEWEST = 6  # eliminations of the closed form
 _EVALUATIONS = 40  # fewest for which a search is worth while
+
+# what ends a search, whose bound is then the product's: numbers out of range, a device without room
+_NO_PROPOSAL = (SolverFailed, ArithmeticError, torch.linalg.LinAlgError, torch.OutOfMemoryError)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -253,8 +257,8 @@ class Tightener:
         try:
             for one in self._proofs(part, deadline, device):
                 proved += [] if one is None else [one]
-        except SolverFailed as reason:
-            note = _joined(note, str(reason))
+        except _NO_PROPOSAL as reason:
+            note = _joined(note, str(reason).splitlines()[0] if str(reason) else type(reason).__name__)
         if part.pairs and len({one.pair for one in proved} - {None}) < len(part.pairs):
             note = _joined(note, "not every pair" if proved else "")
         if not proved and not note:
@@ -365,9 +369,10 @@ class Tightener:
                 found = form(self._graph, self._walk, self._graph.output, start)
                 if not found.activations:
                     break
-                if method != "closed-form" and _cost(found) * _EVALUATIONS / _SPEED > seconds:
+                count = _FEWEST if method == "closed-form" else _EVALUATIONS
+                if (_cost(found) * count + float(sum(found.sizes[1:])) ** 3) / _SPEED > seconds:
                     if not late:
-                        reason = NoForm(f"{seconds:.0f} s are too few for a search over {sum(found.sizes[1:])} neurons")
+                        reason = NoForm(f"{seconds:.0f} s are too few for {sum(found.sizes[1:])} neurons")
                     late = True
                     continue
                 if start not in self._nets:

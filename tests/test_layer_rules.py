@@ -471,3 +471,9 @@ def test_factors_that_float64_rounds_are_refused():
 def test_a_mean_in_another_type_is_refused():
     with pytest.raises(ValueError, match="a mean with no arguments but dim and keepdim"):
         lipschitz(Wired(lambda m, x: x.mean(2, dtype=torch.float64)).eval(), (3, 4))
+
+
+@pytest.mark.parametrize("layer", [nn.LeakyReLU(float("nan")), nn.ELU(float("inf")), nn.LeakyReLU(float("-inf"))])
+def test_slopes_that_are_no_numbers_are_refused(layer):
+    with pytest.raises(ValueError, match="expected a finite"):
+        lipschitz(nn.Sequential(nn.Linear(2, 2), layer, nn.Linear(2, 2)).eval(), (2,))

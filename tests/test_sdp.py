@@ -392,4 +392,16 @@ def test_the_solver_is_chosen_by_what_it_keeps_of_the_start():
 def test_no_time_is_said_so():
     model = randomised(nn.Sequential(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 3)))
     found = lipschitz(model, (6,), "lipsdp-first-order", budget=1e-3)
-    assert "0 s are too few for a search over 600 neurons" in found.attempts[-1].note
+    assert "0 s are too few for 600 neurons" in found.attempts[-1].note
+
+
+@pytest.mark.parametrize("method", ["auto", "lipsdp", "lipsdp-layer"])
+@pytest.mark.parametrize("scale", [1e-60, 1e25])
+def test_numbers_out_of_range_leave_the_product(scale, method):
+    layers = [one for _ in range(8) for one in (nn.Linear(3, 3), nn.ReLU())]
+    model = randomised(nn.Sequential(*layers[:-1]).double(), 0, 1.0)
+    with torch.no_grad():
+        for layer in layers[::2]:
+            layer.weight *= scale
+    found = lipschitz(model, (3,), method, budget=2)
+    assert 0 <= found.upper <= found.attempts[0].upper < math.inf
