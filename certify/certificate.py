@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from .arithmetic import assumptions
+from .arithmetic import assumptions, proving
 from .certificate_file import Certificate
 from .certifier import Certifier, Margins, Radii
+from .checker.relaxations import refused_starts
 from .claims import (
     ArithmeticClaim,
     AssumptionClaim,
@@ -28,8 +30,11 @@ from .digests import input_digests, model_digest
 from .graph import check_model, floating_like, trace
 from .inequality import Relaxation
 from .linear import LinearMap, NormBounds
-from .lipschitz import NormRecord, Run
+from .lipschitz import LipschitzBound, NormRecord, Run
+from .rounding import up, up_mul, up_sqrt
 from .rules import leaf_types
+
+_ROOT_2 = 1.4142135623730951  # rounded up
 
 
 def certify(
@@ -48,6 +53,7 @@ def certify(
     A sample's radius r is such that no representable input closer than r, in `norm` and raw units, is classified
     otherwise than `y` by the network run in `arithmetic`, under the assumptions that the certificate names. Bounds are
     proved and predictions made on the CPU. See `certified_radii` for the formula, docs/certificates.md for the content.
+    Relaxations that are too large for the checker are left out, and so is what they would add to a radius.
 
     Args:
         model: any module whose operations have rules, in eval mode.
@@ -72,7 +78,7 @@ def certify(
     here, x = copy.deepcopy(model).cpu(), x.detach().cpu()
     certifier = Certifier(here, shape, arithmetic, norm=norm, method=method, budget=budget)
     margins = certifier.margins(x, None if y is None else y.cpu())
-    bound, run = certifier.bound, certifier.executed.arithmetic
+    bound, run = _checkable(certifier), certifier.executed.arithmetic
     return Certificate(
         speccert=__version__,
         model=_model_claim(here, shape, len(bound.pairwise)),
@@ -84,8 +90,32 @@ def certify(
         relaxations=tuple(map(_relaxation_claim, bound.relaxations)),
         pairwise=_matrix(bound.pairwise),
         lipschitz=bound.upper,
-        samples=_sample_claims(positions, x, margins, certifier.radii(margins)),
+        samples=_sample_claims(positions, x, margins, certifier.radii(margins, bound)),
     )
+
+
+@proving()
+def _checkable(certifier: Certifier) -> LipschitzBound:
+    """The bound without the relaxations that the checker can't take, which leaves the product's constants there."""
+    bound = certifier.bound
+    starts = {one.start for one in bound.relaxations}
+    refused = refused_starts(certifier.executed.model, bound.input_shape, starts) if starts else frozenset()
+    if not refused:
+        return bound
+    kept = tuple(one for one in bound.relaxations if one.start not in refused)
+    own, l2, classes = bound.records[bound.norm], bound.records["l2"], len(bound.pairwise)
+    inner = certifier.stretch(bound.norm)
+    outer = up_sqrt(float(classes)) if bound.norm == "l1" else 1.0
+    followed = l2.pairwise if inner == 1.0 else up(l2.pairwise * inner)
+    upper, pairwise = min(own.upper, up_mul(l2.upper, inner, outer)), torch.minimum(own.pairwise, followed)
+    for one in kept:
+        constant = one.upper if one.norm == bound.norm else up_mul(one.upper, inner)
+        if one.pair is None:
+            upper, pairwise = min(upper, up_mul(constant, outer)), pairwise.clamp_max(up_mul(constant, _ROOT_2))
+        else:
+            for i, j in (one.pair, one.pair[::-1]):
+                pairwise[i, j] = min(constant, float(pairwise[i, j]))
+    return replace(bound, upper=upper, pairwise=pairwise, relaxations=kept)
 
 
 def _positions(count: int, index: Sequence[int] | None) -> list[int]:

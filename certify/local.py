@@ -70,11 +70,14 @@ def local_radii(
         x: the samples.
         margins: of these samples.
         bound: of this network in the norm that is wanted; None is the certifier's own.
-        budget: seconds; samples that are not reached in time keep their global radius.
-        steps: most balls tried a sample.
+        budget: seconds, preparation included, kept to within a fraction of one ball's work; samples that are not
+            reached in time keep their global radius, so that a faster machine may give larger radii; so do all of a
+            network for which not even one ball would be done in time.
+        steps: most balls tried a sample, at least 1.
 
     Raises:
-        ValueError: margins of other samples, or of another network; as `Certifier.radii`.
+        ValueError: a negative or NaN budget; fewer steps than 1; margins of other samples, or of another network; as
+            `Certifier.radii`.
 
     References: Zhang et al., "Efficient neural network robustness certification with general activation functions",
     NeurIPS 2018; Fazlyab et al., "Efficient and accurate estimation of Lipschitz constants for deep neural networks",
@@ -82,6 +85,10 @@ def local_radii(
     """
     if tuple(x.shape) != (len(margins.label), *certifier.input_shape):
         raise ValueError(f"x: expected the {len(margins.label)} samples of the margins, got {tuple(x.shape)}")
+    if not budget >= 0:
+        raise ValueError(f"budget: expected seconds >= 0, got {budget}")
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
     deadline = time.monotonic() + budget
     if certifier.digest(x) != margins.digest:
         raise ValueError("margins: expected those of these samples by this certifier, got those of others")
@@ -256,8 +263,9 @@ class _Part:
         """Constants and slopes [S, K] of how far the margins fall over balls, by linear relaxation."""
         step = max(1, _ENTRIES // (len(label) * max(self.classes, *self._form.sizes)))
         parts = []
-        for rivals in torch.split(torch.eye(self.classes, dtype=torch.float64), step):
-            rows = rivals.repeat(len(label), 1, 1)
+        for rivals in torch.split(torch.arange(self.classes), step):
+            rows = torch.zeros(len(label), len(rivals), self.classes, dtype=torch.float64)
+            rows[:, torch.arange(len(rivals)), rivals] = 1.0
             rows[torch.arange(len(label)), :, label] -= 1.0  # f_j - f_label, 0 for the label itself
             parts.append(self.enclosure.differences(rows, region))
         fixed, slope = (torch.cat(column, 1) for column in zip(*parts, strict=True))

@@ -234,12 +234,12 @@ def _share(far: Tensor, near: Tensor) -> Tensor:
 
 
 def _derivative(slopes: Slopes, call: Call) -> _Derivative | None:
-    if slopes.kind == "clamp":
+    if slopes.kind in ("clamp", "softshrink"):
         module: Any = call.module
-        return _clamp(float(module.min_val), float(module.max_val))
-    if slopes.kind == "softshrink":
-        module = call.module
-        return _shrink(float(module.lambd))
+        if module is None:  # a function, whose ends are not known here
+            return None
+        clamps = slopes.kind == "clamp"
+        return _clamp(float(module.min_val), float(module.max_val)) if clamps else _shrink(float(module.lambd))
     if slopes.kind == "softplus":
         beta = float(call.argument(0, "beta", 1) if call.module is None else getattr(call.module, "beta", 1.0))
         return _rounded(lambda low, high: (torch.sigmoid(beta * low), torch.sigmoid(beta * high)))

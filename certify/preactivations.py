@@ -34,7 +34,7 @@ _AT_ONCE = 1 << 18  # entries of a batch of functionals
 _FLOOR = 2.0**-960  # above underflow
 
 
-class Late(Exception):  # noqa: N818
+class Late(Exception):
     """The deadline has passed; nothing is wrong."""
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import jsonschema
 import pytest
 import torch
+from oracles import random, randomised
 from torch import nn
 
-from speccert.certify import ARITHMETICS, Certificate, certified_radii, certify, lipschitz, load_certificate
+from speccert.certify import ARITHMETICS, Certificate, certified_radii, certify, lipschitz, load_certificate, verify
 from speccert.certify.digests import input_digests
+from speccert.certify.lipschitz import METHODS
 from speccert.models import build_model, constrain
 
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "certificate.schema.json").read_text(encoding="utf-8"))
@@ -260,3 +262,14 @@ def test_large_batches_go_through_in_batches(tmp_path):
 def test_a_model_on_a_gpu_has_the_same_certificate():
     model, x = constrained(), inputs()
     assert certify(model.cuda(), x.cuda()) == certify(model.cpu(), x)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "local"])
+def test_every_method_of_the_library_makes_certificates_that_the_checker_accepts(method):
+    layers = (nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    model = randomised(nn.Sequential(*layers), 0, 0.7)
+    x = random(4, 5).float()
+    made = certify(model, x, method=method, budget=5)
+    assert made.method == method
+    assert bool(made.relaxations) == (method != "product")
+    assert verify(made, model, x).valid

@@ -90,6 +90,34 @@ def test_an_honest_certificate_is_valid(dense, tmp_path):
     assert verify(path, model, x, y) == verdict
 
 
+@pytest.mark.parametrize("method", ["product", "auto"])
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_a_model_without_any_affine_layer(norm, method):
+    model, x = nn.Sequential(nn.ReLU()).eval(), torch.rand(2, 4)
+    verdict = verify(certify(model, x, norm=norm, method=method, budget=0.5), model, x)
+    assert verdict.valid, verdict
+    assert "0 norms and " in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("bounds", "l2", "upper"), "x"),
+        (("bounds", "l2", "runs"), None),
+        (("bounds", "l2", "constants", 0), None),
+        (("pairwise",), None),
+        (("lipschitz",), None),
+        (("samples", 0, "radius"), "x"),
+        (("relaxations",), (None,)),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(dense, path, value):
+    model, x, y, certificate = dense
+    verdict = verify(_with(certificate, path, value), model, x, y)
+    assert not verdict.valid
+    assert "\n" not in verdict.message
+
+
 @pytest.mark.parametrize("arithmetic", ["real", "float64", "float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
 def test_every_arithmetic_and_norm(dense, norm, arithmetic):

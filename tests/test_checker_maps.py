@@ -7,8 +7,9 @@ from flint import arb, ctx
 from torch import nn
 
 from speccert.certify.checker.balls import approximate, balls, euclidean, fixed, from_balls, plus, product, times
+from speccert.certify.checker.chains import Chain, Concat, Sum
 from speccert.certify.checker.convolution import Convolution, Transposed
-from speccert.certify.checker.maps import ones
+from speccert.certify.checker.maps import Dense, Linear, ones
 from speccert.certify.checker.matrices import absolute_norm, greatest_sum, inverse_norm, materialised, rows_of
 from speccert.certify.checker.network import read, traced
 from speccert.certify.checker.samples import forward
@@ -227,3 +228,25 @@ def test_a_transposed_convolution_is_the_adjoint_of_its_forward():
     x = ones(node.linear.in_shape)
     expected = approximate(node.linear.forward.adjoint(x))
     assert np.array_equal(approximate(node.linear.apply(x)), expected)
+
+
+def test_a_deep_chain_of_sums_takes_no_time_that_doubles_with_each():
+    """As a matrix, transposed and in absolute values; forty sums of two would otherwise be 2^40 products."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4, bias=False, dtype=torch.float64) for _ in range(40)]
+    first = Dense(fixed(torch.randn(4, 4, dtype=torch.float64)), (4,))
+    linear: Linear = first
+    expected, sizes = approximate(first.weight), abs(approximate(first.weight))
+    for number, layer in enumerate(layers):
+        weight = layer.weight.detach()
+        after = Chain((linear, Dense(fixed(weight), (4,))), (4,))
+        if number % 3:
+            linear = Sum(linear, after)
+        else:
+            both = Concat((linear, after), 0, (8,))
+            linear = Chain((both, Dense(fixed(torch.eye(4, dtype=torch.float64).repeat(1, 2)), (8,))), (4,))
+        expected, sizes = expected + weight.numpy() @ expected, sizes + abs(weight.numpy()) @ sizes
+    for found in (materialised(linear), rows_of(linear)):
+        assert np.abs(approximate(found) - expected).max() <= 1e-12 * np.abs(expected).max()
+    assert float(greatest_sum(linear, "linf").mid()) == pytest.approx(sizes.sum(1).max(), rel=1e-12)
+    assert float(greatest_sum(linear, "l1").mid()) == pytest.approx(sizes.sum(0).max(), rel=1e-12)

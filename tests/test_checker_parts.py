@@ -5,9 +5,13 @@ from checker_nets import FORMS, network_of
 from flint import ctx
 from torch import nn
 
+from speccert.certify.checker import matrices, parts
 from speccert.certify.checker.balls import approximate
+from speccert.certify.checker.chains import Chain, Sum
+from speccert.certify.checker.maps import Gather, Scale, Windows
+from speccert.certify.checker.matrices import Refused
 from speccert.certify.checker.network import read, traced
-from speccert.certify.checker.parts import part_from
+from speccert.certify.checker.parts import check_size, part_from
 from speccert.models import GroupSort, Householder, MaxMin
 
 
@@ -46,10 +50,55 @@ class _Values(torch.fx.Interpreter):
         return value
 
 
-@pytest.mark.parametrize("name", FORMS)
+class Block(nn.Module):
+    """x + W act(x): an activation that passes a part of its input on, inside a sum."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.act, self.last = MaxMin(), nn.Linear(width, width)
+        self.last.weight.data /= 4
+
+    def forward(self, x):
+        return x + self.last(self.act(x))
+
+
+class Steps(nn.Module):
+    """h_(n + 1) = h_n + W h_(n - 1): sums of maps that begin with nothing in common."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.first, self.act = nn.Linear(3, 4), MaxMin()
+        self.steps = nn.ModuleList(nn.Linear(4, 4) for _ in range(count))
+        for step in self.steps:
+            step.weight.data /= 4
+
+    def forward(self, x):
+        before = self.act(self.first(x))
+        now = self.act(before)
+        for step in self.steps:
+            before, now = now, self.act(now) + step(before)
+        return now
+
+
+def _deep(model, shape):
+    torch.manual_seed(0)
+    made = model().eval().double()
+    return made, shape, traced(made, shape)
+
+
+DEEP = {
+    "blocks": (lambda: nn.Sequential(nn.Linear(3, 4), *(Block(4) for _ in range(14)), nn.Linear(4, 2)), (3,)),
+    "steps": (lambda: Steps(20), (3,)),
+}
+
+
+@pytest.mark.parametrize("name", [*FORMS, *DEEP])
 def test_the_form_is_that_of_the_network(name):
-    """Differences of the numbers that torch computes fit the matrices, and lie between the slopes."""
-    _, shape, graph = network_of(name)
+    """Differences of the numbers that torch computes fit the matrices, and lie between the slopes.
+
+    A deep network takes a time that doubles with each block where its sums are worked out one by one.
+    """
+    _, shape, graph = _deep(*DEEP[name]) if name in DEEP else network_of(name)
     network = read(graph)
     part = part_from(network, network.nodes[0].name)
     for scale in (1e-2, 1.0, 10.0):
@@ -81,3 +130,31 @@ def test_slopes_are_reached_on_their_grid(activation):
     assert layer.high / 2**26 >= float(slopes.max()) - 1e-9
     assert layer.low / 2**26 >= float(slopes.min()) - 1e-6
     assert layer.high / 2**26 <= float(slopes.max()) + 1e-6
+
+
+@pytest.mark.parametrize("activation", [MaxMin, lambda: GroupSort(2), lambda: GroupSort(3), lambda: Householder(3072)])
+def test_slopes_of_many_channels_are_small(activation):
+    """No matrix of all channels by all channels, which every certificate would pay for."""
+    network = read(traced(nn.Sequential(nn.Linear(2, 3072), activation(), nn.Linear(3072, 2)).eval(), (2,)))
+    (slopes,) = (node.activation.slopes for node in network.nodes if node.kind == "activation")
+    for linear in (slopes.before, slopes.after, slopes.skip):
+        for step in Chain((linear,), linear.in_shape).steps:
+            for part in (step.first, step.second) if isinstance(step, Sum) else (step,):
+                for inner in part.steps if isinstance(part, Chain) else (part,):
+                    assert isinstance(inner, Gather | Scale | Windows)
+
+
+def test_large_parts_are_refused_before_they_are_made(monkeypatch):
+    network = read(traced(nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 7), nn.ReLU()).eval(), (9,)))
+    check_size(network, "input_1")
+    for place, name, value, message in (
+        (parts, "_NUMBERS", 14, "15 numbers of activations"),
+        (matrices, "_SIDE", 7, "a matrix of 8 x 9"),
+        (matrices, "_ENTRIES", 71, "a matrix of 8 x 9"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, value)
+            patch.setattr(parts, "materialised", None)
+            for function in (check_size, part_from):
+                with pytest.raises(Refused, match=message):
+                    function(network, "input_1")

@@ -14,8 +14,9 @@ from test_certificate_file import SCHEMA
 from test_checker import _get, _places, _with
 from torch import nn
 
-from speccert.certify import certify, load_certificate
-from speccert.certify.checker import verify
+from speccert.certify import Certifier, certify, load_certificate
+from speccert.certify.certificate import _checkable
+from speccert.certify.checker import parts, verify
 from speccert.certify.checker.balls import approximate, fixed
 from speccert.certify.checker.definite import UNIT, Symmetric, floats, semidefinite
 from speccert.certify.checker.matrices import Refused
@@ -25,6 +26,7 @@ from speccert.certify.checker.parts import part_from
 from speccert.certify.checker.quadratics import Quadratic
 from speccert.certify.checker.relaxations import Prover
 from speccert.certify.claims import ConstantClaim, NormClaim, RelaxationClaim
+from speccert.certify.lipschitz import METHODS
 from speccert.models import Abs
 
 
@@ -333,6 +335,19 @@ def test_an_ellipsoid_covers_the_start():
     assert selected(part)[0].sizes == (9, 9)
 
 
+@pytest.mark.parametrize("size", [4, 40])
+def test_a_tiny_constant_in_l1_is_proved(size):
+    """Weights that are subnormal in float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(size, 7), nn.ReLU(), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    with torch.no_grad():
+        model[0].weight *= 1e-38
+    x = torch.rand(1, size)
+    certificate = certify(model, x, norm="l1", method="auto", budget=0.5)
+    assert any(one.norm == "l1" for one in certificate.relaxations)
+    assert verify(certificate, model, x).valid, verify(certificate, model, x)
+
+
 def test_errors_of_entries_count():
     """With matrices that are only known to 2^-20 a claim needs room for that."""
     _, _, graph = network_of("ReLU()")
@@ -461,6 +476,32 @@ def test_tampering_is_found_and_named(relaxed, name):
     assert "\n" not in verdict.message
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_numbers_far_apart_are_refused_by_name(norm):
+    """Without a warning, which here is an error, where guesses in float64 overflow."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ELU(3.0), nn.Linear(4, 3)).eval()
+    x = torch.rand(2, 6)
+    certificate = certify(model, x, norm=norm, method="lipsdp-first-order", budget=1.0)
+    place = len(certificate.relaxations) - 1
+    path = ("relaxations", place, "multipliers")
+    for low, high in itertools.product((5e-324, 1e-300, 1e-150), (1e150, 1e300, 1.7e308)):
+        for extreme in ([low, high], [high, low], [low, low], [high, high]):
+            made = tuple((value, *row[1:]) for value, row in zip(extreme, _get(certificate, path), strict=True))
+            verdict = verify(_with(certificate, path, made), model, x)
+            assert verdict.valid or verdict.claim == f"relaxation {place}", verdict
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("pair", [0, 1]), ("upper", "x"), ("multipliers", None), ("start_constant", None)]
+)
+def test_values_of_a_wrong_type_are_refused(relaxed, field, value):
+    model, x, y, certificate = relaxed
+    verdict = verify(_with(certificate, (*FIRST, field), value), model, x, y)
+    assert not verdict.valid
+    assert "\n" not in verdict.message
+
+
 @pytest.mark.parametrize(
     ("path", "change", "claim"),
     [
@@ -474,6 +515,13 @@ def test_tampering_is_found_and_named(relaxed, name):
 def test_what_follows_is_found_too(relaxed, path, change, claim):
     model, x, y, certificate = relaxed
     assert verify(_with(certificate, path, change(_get(certificate, path))), model, x, y).claim == claim
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "local"])
+def test_every_method_that_certify_takes_is_known(relaxed, method):
+    model, x, y, _ = relaxed
+    verdict = verify(certify(model, x[:1], y[:1], method=method, budget=0.5), model, x, y)
+    assert verdict.valid, verdict
 
 
 def test_names_of_methods_are_no_claim(relaxed):
@@ -567,6 +615,34 @@ def test_a_later_start_counts_with_its_constant(norm):
     share = 1 - 1e-6
     lower = dataclasses.replace(one, start_constant=one.start_constant * share, upper=one.upper * share)
     assert verify(_with(certificate, path, lower), model, x).claim == "relaxation 0"
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_what_is_too_large_for_the_checker_is_left_out(norm, monkeypatch):
+    torch.manual_seed(0)
+    model, x = Pooled().eval(), torch.rand(2, 1, 6, 6)
+    whole = certify(model, x, norm=norm, method="auto", budget=1.0)
+    monkeypatch.setattr(parts, "_NUMBERS", 12)
+    assert "more than the checker takes" in verify(whole, model, x).message
+    left = certify(model, x, norm=norm, method="auto", budget=1.0)
+    product = certify(model, x, norm=norm)
+    assert left.relaxations == ()
+    assert dataclasses.replace(left, method="product") == product
+    assert verify(left, model, x).valid, verify(left, model, x)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_only_what_is_too_large_is_left_out(norm):
+    """A relaxation from the input, through maxima that have no slopes, among those behind them."""
+    torch.manual_seed(0)
+    certifier = Certifier(Pooled().eval(), (1, 6, 6), norm=norm, method="auto", budget=1.0)
+    bound = certifier.bound
+    false = dataclasses.replace(bound.relaxations[0], start="x", upper=1e-9)
+    certifier.bound = dataclasses.replace(bound, relaxations=(false, *bound.relaxations), upper=0.1)
+    found = _checkable(certifier)
+    assert found.relaxations == bound.relaxations
+    assert found.upper == bound.upper
+    assert torch.equal(found.pairwise, bound.pairwise)
 
 
 def test_a_path_around_the_start_is_found():

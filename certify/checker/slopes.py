@@ -6,16 +6,16 @@ quotient of psi, which acts on each number by itself, is in [low, high]; in a gr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from flint import arb, fmpz
 
-from .balls import Fixed, integers
-from .chains import Chain
-from .convolution import Convolution
-from .maps import Dense, Gather, Linear, Shape
+from .balls import Fixed, aligned, integers
+from .chains import Chain, Sum
+from .maps import Gather, Linear, Scale, Shape, Windows, identity
 
 GRID = 26  # slopes are multiples of 2^-26, rounded outward: part of the format
 
@@ -67,63 +67,49 @@ def absolute_slopes(shape: Shape) -> Slopes:
 
 def pairs_sorted(shape: Shape) -> Slopes:
     """max, min = (a + b) / 2 +- |a - b| / 2 of channels i and i + C / 2."""
-    half = shape[0] // 2
-    one = np.eye(half, dtype=np.int64)
-    before = _mixed(_whole(np.hstack([one, -one])), shape)
-    after = _mixed(_whole(np.vstack([one, -one]), -1), before.out_shape)
-    skip = _mixed(_whole(np.vstack([np.hstack([one, one])] * 2), -1), shape)
+    first, second, both = _halves(shape)
+    half = Fixed(integers([fmpz(1)], ()), -1)
+    signs = Fixed(integers([fmpz(1), fmpz(-1)], (2,)).repeat(shape[0] // 2), -1)
+    before = Sum(first, _scaled(second, Fixed(integers([fmpz(-1)], ()), 0)))
+    after = _scaled(both, signs.reshape(shape[0], *(1 for _ in shape[1:])))
+    skip = _scaled(Chain((Sum(first, second), both), shape), half)
     return Slopes(-1 << GRID, 1 << GRID, before.out_shape, before, after, skip)
 
 
 def groups_sorted(shape: Shape, size: int) -> Slopes:
     """The mean of each group, and the rest sorted: which has a mean of 0 before and after, and is never stretched."""
-    bits = 128
-    mean = np.kron(np.eye(shape[0] // size, dtype=np.int64), np.ones((size, size), dtype=np.int64)).astype(object)
+    bits, count = 128, math.prod(shape)
     exact, missing = divmod(1 << bits, size)
-    err = fmpz(int(missing > 0))
-    skip = Fixed(integers([fmpz(int(v)) * exact for v in mean.reshape(-1)], mean.shape), -bits, err)
-    one = np.eye(shape[0], dtype=np.int64)
-    whole = integers([fmpz(int(v)) << bits for v in one.reshape(-1)], one.shape)
-    rest = _mixed(Fixed(whole - skip.mant, -bits, err), shape)
-    return Slopes(-1 << GRID, 1 << GRID, shape, rest, rest, _mixed(skip, shape), size)
+    weight = Fixed(integers([fmpz(exact)] * count, (count,)), -bits, fmpz(int(missing > 0)))
+    places = np.arange(count).reshape(shape[0] // size, size, -1)
+    index = np.repeat(places.transpose(0, 2, 1)[:, None], size, 1).reshape(count, size)
+    flat, numbers = (1, count), np.arange(count)
+    mean = Chain(
+        (Gather(numbers, shape, flat), Windows(index, weight, flat, flat), Gather(numbers, flat, shape)), shape
+    )
+    rest = Sum(identity(shape), _scaled(mean, Fixed(integers([fmpz(-1)], ()), 0)))
+    return Slopes(-1 << GRID, 1 << GRID, shape, rest, rest, mean, size)
 
 
 def reflected(shape: Shape, sines: Fixed, cosines: Fixed) -> Slopes:
-    """(a, b) + (-sin, cos) 2 min(sin a - cos b, 0), of channels i and i + C / 2."""
-    sine, cosine = _diagonal(sines), _diagonal(cosines)
-    before = _mixed(_beside(sine, cosine.moved(-cosine.mant), 1), shape)
-    after = _mixed(_beside(sine.moved(-sine.mant), cosine, 0), before.out_shape)
-    places = Gather(np.arange(int(np.prod(shape, dtype=np.int64))), shape, shape)
-    return Slopes(0, 2 << GRID, before.out_shape, before, after, places)
+    """(a, b) + (-sin, cos) 2 min(sin a - cos b, 0), of channels i and i + C / 2; angles' shape [C / 2, 1, ..]."""
+    first, second, both = _halves(shape)
+    before = Sum(_scaled(first, sines), _scaled(second, cosines.moved(-cosines.mant)))
+    turned = aligned(sines.moved(-sines.mant), cosines)
+    factor = Fixed(np.concatenate([one.mant for one in turned]), turned[0].exp, max(one.err for one in turned))
+    return Slopes(0, 2 << GRID, before.out_shape, before, _scaled(both, factor), identity(shape))
 
 
-def _whole(values: np.ndarray[tuple[int, ...], np.dtype[np.int64]], exp: int = 0) -> Fixed:
-    return Fixed(integers([fmpz(v) for v in values.reshape(-1).tolist()], values.shape), exp)
+def _halves(shape: Shape) -> tuple[Gather, Gather, Gather]:
+    """The first half of the channels, the second one, and what puts one half into both places."""
+    half: Shape = (shape[0] // 2, *shape[1:])
+    numbers = np.arange(math.prod(half))
+    return (
+        Gather(numbers, shape, half),
+        Gather(numbers + len(numbers), shape, half),
+        Gather(np.concatenate([numbers, numbers]), half, shape),
+    )
 
 
-def _diagonal(values: Fixed) -> Fixed:
-    flat = values.mant.reshape(-1)
-    found = integers([fmpz(0)] * len(flat) ** 2, (len(flat), len(flat)))
-    found[np.arange(len(flat)), np.arange(len(flat))] = flat
-    return Fixed(found, values.exp, values.err)
-
-
-def _beside(first: Fixed, second: Fixed, axis: int) -> Fixed:
-    """Two matrices joined, in one unit."""
-    exp = min(first.exp, second.exp)
-    parts = [part.mant << (part.exp - exp) for part in (first, second)]
-    err = max(part.err << (part.exp - exp) for part in (first, second))
-    return Fixed(np.concatenate(parts, axis), exp, err)
-
-
-def _mixed(weight: Fixed, shape: Shape) -> Linear:
-    """A matrix applied to the channels at every place."""
-    if len(shape) == 1:
-        return Dense(weight, shape)
-    places = int(np.prod(shape[1:], dtype=np.int64))
-    channels = weight.shape[0]
-    flat, image = (shape[0], places), (channels, places)
-    into = Gather(np.arange(shape[0] * places), shape, flat)
-    mixing = Convolution(weight.reshape(*weight.shape, 1), flat, image, (1,), ((0, 0),), (1,))
-    out = Gather(np.arange(channels * places), image, (channels, *shape[1:]))
-    return Chain((into, mixing, out), shape)
+def _scaled(linear: Linear, factor: Fixed) -> Linear:
+    return Chain((linear, Scale(factor, linear.out_shape)), linear.in_shape)

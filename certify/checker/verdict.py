@@ -31,7 +31,7 @@ from .rounds import FORMATS
 from .samples import Passed, Radii, entry_rounds, forward
 
 _READING = 1e-3  # of the largest logit: far above rounding, far below what another layer would do
-_METHODS = ("product", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "auto")
+_METHODS = ("product", "closed-form", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "auto")
 _NAMES = {number.dtype: name for name, number in FORMATS.items() if number.dtype is not None}
 
 
