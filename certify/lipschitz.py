@@ -156,7 +156,9 @@ def lipschitz(
     check_model(model)
     graph = trace(model, tuple(input_shape), leaf_types())
     bound = _product(graph, tuple(input_shape), norm)
-    if method != "product" and not (points is not None and _tight(bound, model, points)):
+    if method != "product" and points is not None and _tight(bound, model, points):
+        bound = replace(bound, attempts=(replace(bound.attempts[0], note="attained at the points: no search"),))
+    elif method != "product":
         device = floating_like(model).device
         bound = _tightened(graph, bound, method, budget, solver, device if device.type == "cuda" else "cpu")
     if points is None:

@@ -475,3 +475,14 @@ def test_pairs_behind_a_zero_layer_do_not_move():
         model[0].weight.zero_()
         model[2].weight.copy_(torch.tensor([[1e308, 1e308], [-1e308, -1e308]], dtype=torch.float64))
     assert bool((lipschitz(model, (2,)).pairwise == 0).all())
+
+
+def test_a_product_that_is_attained_is_not_searched():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False)).double().eval()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4))
+        model[2].weight.copy_(torch.eye(4)[:2])
+    found = lipschitz(model, (4,), "auto", points=torch.ones(3, 4, dtype=torch.float64), budget=5)
+    assert [one.method for one in found.attempts] == ["product"]
+    assert "attained" in found.attempts[0].note
+    assert found.lower == pytest.approx(1.0)
