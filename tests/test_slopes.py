@@ -160,7 +160,7 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "keywords", "ends"), CALLS, ids=str)
+@pytest.mark.parametrize(("function", "keywords", "ends"), CALLS)
 def test_functions_have_the_slopes_of_their_layers(function, keywords, ends):
     found = slopes_of(function, Call("f", None, (), keywords, (4,), (4,)))
     assert ends[0] - 2 * GRID <= found.low <= ends[0]

@@ -380,7 +380,6 @@ def test_only_multipliers_of_single_neurons_or_layers_can_be_asked_for(coupling)
         (nn.LeakyReLU(-2.0), lambda v: np.where(v > 0, 1.0, -2.0)),
         (nn.ELU(3.0), lambda v: np.where(v > 0, 1.0, 3.0 * np.exp(np.minimum(v, 0)))),
     ],
-    ids=str,
 )
 def test_slope_ranges_include_both_peaks(layer, derivative):
     """SiLU's slopes go down to -0.0998, not -0.0734, and those of GELU up to 1.129, not 1."""
