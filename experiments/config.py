@@ -45,7 +45,7 @@ ATTACK_NORMS = {  # as the attacks themselves have it, which torch-free code can
     "rounding-search": NORMS,
 }
 ATTACKS = tuple(ATTACK_NORMS)
-BOUNDS = ("product", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "local", "auto")
+BOUNDS = ("product", "closed-form", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "local", "auto")
 ARITHMETICS = ("model", "real", "float64", "float32", "float16", "bfloat16")
 
 _FORMAT = 2  # raise it when a field changes meaning: ids then change and no old run is taken for a new one

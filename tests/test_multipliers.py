@@ -183,6 +183,7 @@ def nets(draw):
     )
 
 
+@pytest.mark.slow
 @FEW
 @given(nets(), st.sampled_from(NORMS), st.booleans())
 def test_search_never_ends_above_its_start(net, norm, paired):
@@ -196,7 +197,7 @@ def test_search_never_ends_above_its_start(net, norm, paired):
     upper = prove(part, *_ordered(split(part, found[0], norm), norm)).upper
     assert ascended(part, norm, tries=2, sweeps=2) <= upper < math.inf
     if paired:
-        assert float(after[0]) == pytest.approx(float(after[1]), abs=1e-2)
+        assert float(after[0]) == pytest.approx(float(after[1]), abs=5e-2)
 
 
 def test_search_stops_at_its_deadline():
