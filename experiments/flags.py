@@ -47,7 +47,7 @@ HELP = {
     "norm": "norm of the perturbation: l2, linf or l1",
     "eps": "perturbation sizes in raw input units, e.g. 0.1,0.3 or 36/255",
     "attacks": "fgsm, pgd, autoattack, deepfool, cw, ddn, fmn, rounding-search; comma-separated",
-    "bound": "method of the Lipschitz bound: product, closed-form, lipsdp, lipsdp-layer, lipsdp-first-order, local, auto",
+    "bound": "Lipschitz bound: product, closed-form, lipsdp, lipsdp-layer, lipsdp-first-order, local or auto",
     "bound_budget": "time that a tighter bound may take, in each norm, e.g. 90, 90s or 2m",
     "arithmetic": "that the certified network runs in: model (its own), real, float64, float32, float16 or bfloat16",
     "checkpoint": "weights to start from, a .safetensors or weights-only torch file",
