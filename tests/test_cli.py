@@ -407,7 +407,7 @@ BAD_SPECS = {
         (
             ("bound", ".", "--method", "magic"),
             2,
-            "method: expected one of product, lipsdp, lipsdp-layer, lipsdp-first-",
+            "method: expected one of product, closed-form, lipsdp, lipsdp-layer, lipsdp-first-order, local, auto; got",
         ),
         (("bound", ".", "--norm", "l3"), 2, "norm: expected one of l2, linf, l1; got 'l3'"),
         (("bound", ".", "--budget", "soon"), 2, "budget: expected seconds > 0, such as 90, 90s or 2m; got 'soon'"),
@@ -427,7 +427,7 @@ BAD_SPECS = {
             2,
             "bound_budget = '-1': expected seconds > 0, such as 90, 90s or 2m",
         ),
-        (("run", "--dry-run", "--bound", "sdp"), 2, "bound = 'sdp': expected one of product, lipsdp, lipsdp-layer"),
+        (("run", "--dry-run", "--bound", "sdp"), 2, "bound = 'sdp': expected one of product, closed-form, lipsdp"),
         (("run", "--bound", "local", "--certificate", "net.json"), 2, "certificate: can't hold local radii"),
         (("run", "--certificate", "net.txt"), 2, "certificate: expected a file name without a folder that ends in"),
         (("run", "--certificate", "a/net.json"), 2, "certificate: expected a file name without a folder that ends in"),
