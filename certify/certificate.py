@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -30,11 +29,8 @@ from .digests import input_digests, model_digest
 from .graph import check_model, floating_like, trace
 from .inequality import Relaxation
 from .linear import LinearMap, NormBounds
-from .lipschitz import LipschitzBound, NormRecord, Run
-from .rounding import up, up_mul, up_sqrt
+from .lipschitz import LipschitzBound, NormRecord, Run, by_relaxations
 from .rules import leaf_types
-
-_ROOT_2 = 1.4142135623730951  # rounded up
 
 
 def certify(
@@ -102,20 +98,7 @@ def _checkable(certifier: Certifier) -> LipschitzBound:
     refused = refused_starts(certifier.executed.model, bound.input_shape, starts) if starts else frozenset()
     if not refused:
         return bound
-    kept = tuple(one for one in bound.relaxations if one.start not in refused)
-    own, l2, classes = bound.records[bound.norm], bound.records["l2"], len(bound.pairwise)
-    inner = certifier.stretch(bound.norm)
-    outer = up_sqrt(float(classes)) if bound.norm == "l1" else 1.0
-    followed = l2.pairwise if inner == 1.0 else up(l2.pairwise * inner)
-    upper, pairwise = min(own.upper, up_mul(l2.upper, inner, outer)), torch.minimum(own.pairwise, followed)
-    for one in kept:
-        constant = one.upper if one.norm == bound.norm else up_mul(one.upper, inner)
-        if one.pair is None:
-            upper, pairwise = min(upper, up_mul(constant, outer)), pairwise.clamp_max(up_mul(constant, _ROOT_2))
-        else:
-            for i, j in (one.pair, one.pair[::-1]):
-                pairwise[i, j] = min(constant, float(pairwise[i, j]))
-    return replace(bound, upper=upper, pairwise=pairwise, relaxations=kept)
+    return by_relaxations(bound, [one for one in bound.relaxations if one.start not in refused])
 
 
 def _positions(count: int, index: Sequence[int] | None) -> list[int]:

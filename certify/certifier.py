@@ -20,10 +20,9 @@ from .digests import model_digest
 from .execution import Executed, Float64Pass, Visit, executed
 from .graph import check_model, trace
 from .lipschitz import LipschitzBound, lipschitz
-from .rounding import down, gamma, up, up_mul, up_sqrt
+from .rounding import ROOT_2, down, gamma, up, up_mul, up_sqrt
 from .rules import leaf_types
 
-_ROOT_2 = 1.4142135623730951  # rounded up
 _WIDE = 1 + 2.0**-40  # covers the rounding of a dozen operations
 _HASHED = 1024  # samples converted at once for their digest
 
@@ -227,7 +226,7 @@ class Certifier:
     def _lost(self, found: dict[fx.Node, Spread], label: Tensor) -> Tensor:  # [B] -> [B, K]
         """kappa E + sqrt(2) l for the difference of the label's logit and each other."""
         whole, local = found[self._anchor].whole, found[self._output].local
-        return (self._difference[label] * whole[:, None] + _ROOT_2 * local[:, None]) * _WIDE
+        return (self._difference[label] * whole[:, None] + ROOT_2 * local[:, None]) * _WIDE
 
     def stretch(self, norm: str) -> float:
         """At least the l2 norm of an input per unit of its norm."""
@@ -276,7 +275,7 @@ def _row_differences(pairwise: Tensor, constant: float, span: float) -> Tensor: 
     """Upper bounds of the norms of the last run's row differences, from the pairwise constants that they gave."""
     if constant > 0:
         return up(pairwise.cpu() / constant).fill_diagonal_(0.0)
-    return torch.full_like(pairwise.cpu(), up_mul(_ROOT_2, span)).fill_diagonal_(0.0)
+    return torch.full_like(pairwise.cpu(), up_mul(ROOT_2, span)).fill_diagonal_(0.0)
 
 
 def _labels(y: Tensor, samples: int, classes: int) -> Tensor:

@@ -13,10 +13,8 @@ from .convolution import Convolution, Transposed
 from .linear import Chain, Concat, Dense, Diagonal, LinearMap, Reindex, Sum, converted, float64
 from .neurons import Term
 from .rounding import (
-    UNIT,
-    cholesky_factor,
+    covering,
     gamma,
-    largest_entry,
     norm_up,
     proved_norm,
     sum_up,
@@ -208,32 +206,16 @@ def _absolute(linear: LinearMap) -> LinearMap | None:
 def reduced(edges: Sequence[Edge]) -> list[Edge]:
     """In l2: the same maps from fewer numbers than the start has, where all of them give fewer.
 
-    With M the rows of all of them and R R^T >= M M^T, M = R K for a K of norm at most 1 (Douglas 1966), so that M d for
-    ||d|| <= r is R d' for a ||d'|| <= r. R is the Cholesky factor of fl(M M^T) + s I, with s above all errors:
-    gamma ||M||_F^2 of the product, c tr of the factorisation, 2 ||M|| e + e^2 of the matrices themselves.
+    With M the rows of all of them M d, ||d|| <= r, is R d' for a ||d'|| <= r, see `rounding.covering`.
     """
-    matrices = [one.matrix for one in edges]
-    if any(matrix is None for matrix in matrices) or not edges:
+    matrices = [one.matrix for one in edges if one.matrix is not None]
+    if len(matrices) < len(edges) or not edges:
         return list(edges)
-    joined = torch.cat([matrix for matrix in matrices if matrix is not None])
-    rows, columns = joined.shape
-    largest = largest_entry(joined)
-    if rows >= columns or not 2.0**-200 < largest < 2.0**200:
+    joined = torch.cat(matrices)
+    if joined.shape[0] >= joined.shape[1]:
         return list(edges)
-    frobenius = float(norm_up(joined.flatten()))
-    apart = up_mul(up_sqrt(float(len(edges))), max(one.deviation for one in edges))
-    error = up_add(
-        up_mul(up_add(gamma(columns), 4 * UNIT), frobenius, frobenius),
-        up_mul(2.0, frobenius, apart),
-        up_mul(apart, apart),
-    )
-    shift = up_mul(2.0, up_add(error, up_mul(2 * cholesky_factor(rows, torch.float64), frobenius, frobenius)))
-    gram = joined @ joined.T
-    gram.diagonal().add_(shift)
-    needed = up_add(error, up_mul(cholesky_factor(rows, torch.float64), float(sum_up(gram.diagonal()))))
-    needed = up_add(needed, up_mul(2 * UNIT, largest_entry(gram.diagonal())))
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if int(failed) or not bool(torch.isfinite(factor).all()) or not needed <= shift:
+    factor = covering(joined, up_mul(up_sqrt(float(len(edges))), max(one.deviation for one in edges)))
+    if factor is None:
         return list(edges)
     parts = torch.split(factor, [one.sizes[1] for one in edges])
     return [_of_matrix(0, part.contiguous(), 0.0, 0.0, "l2") for part in parts]

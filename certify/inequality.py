@@ -25,16 +25,18 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .linear import check_norm
+from .multipliers import least_form
 from .neurons import MOST, Layer, Neurons, Part
 from .rounding import (
     UNIT,
     cholesky_factor,
+    covering,
     gamma,
+    inverse_roots,
     norm_up,
     power_of_two,
     proved_below,
@@ -104,8 +106,9 @@ def prove(
     Raises:
         ValueError: a number of multipliers that does not fit the layers, or of weights that does not fit the start.
     """
+    multipliers = [one.detach().to("cpu", torch.float64) for one in multipliers]
     held = _checked(net, multipliers)
-    start = net.sizes[0] if norm == "l1" else min(net.sizes[0], _reading(net))
+    start = net.sizes[0] if norm == "l1" else min(net.sizes[0], net.start_rows)
     if sum(net.sizes[1:]) + start > _SIDE:
         return Proved(math.inf)
     check_norm(norm)
@@ -117,12 +120,12 @@ def prove(
     if held is None or not _moderate(shape):
         return Proved(math.inf)
     if norm == "l1":
-        return _prove_l1(net, held)
+        return _prove_l1(net, multipliers, held)
     reduced = _reduced(net, shape)
     if reduced is None:
         return Proved(math.inf)
     units = shape if reduced is net else torch.ones(reduced.sizes[0], dtype=torch.float64)
-    value = _value(reduced, held, units)
+    value = _value(reduced, multipliers, units)
     if not 1 / _MOST < value < _MOST:
         return Proved(math.inf)
     matrix = _Matrix(reduced, held, units * value)
@@ -183,12 +186,6 @@ def prove_pairs(
     return found
 
 
-def _reading(net: Neurons) -> int:
-    """How many rows read the start."""
-    parts = [*(part for layer in net.layers for part in layer.parts), *net.output]
-    return sum(len(part.matrix) for part in parts if part.source == 0)
-
-
 def _moderate(values: Tensor) -> bool:
     return bool(((values > 1 / _MOST) & (values < _MOST)).all())
 
@@ -201,53 +198,20 @@ def _checked(net: Neurons, multipliers: Sequence[Tensor]) -> list[Tensor] | None
     for layer, given in zip(net.layers, multipliers, strict=True):
         if given.shape != (layer.multipliers,):
             raise ValueError(f"multipliers: expected {layer.multipliers} numbers, got shape {tuple(given.shape)}")
-        held = given.detach().to("cpu", torch.float64)
-        if not _moderate(held):
+        if not _moderate(given):
             return None
-        found.append(held[layer.tied])
+        found.append(given[layer.tied])
     return found
 
 
-def _value(net: Neurons, held: list[Tensor], shape: Tensor) -> float:
+def _value(net: Neurons, multipliers: Sequence[Tensor], shape: Tensor) -> float:
     """An estimate of the least factor of `shape` for which F >= 0; inf where there is none."""
-    rest = _eliminated(net, held)
+    rest = least_form(net, multipliers)
     if rest is None:
         return math.inf
     root = shape.rsqrt()
     form = root[:, None] * rest * root
     return float(torch.linalg.eigvalsh(form)[-1]) if bool(torch.isfinite(form).all()) else math.inf
-
-
-def _eliminated(net: Neurons, held: list[Tensor]) -> Tensor | None:
-    """About the quadratic form on the start that is left when all other numbers are maximised over."""
-    blocks: dict[tuple[int, int], Tensor] = {}
-
-    def put(first: int, second: int, block: Tensor) -> None:
-        known = blocks.get((first, second))
-        blocks[first, second] = block if known is None else known + block
-
-    for left, right in _lower(net.output):
-        put(left.source, right.source, left.matrix.T @ right.matrix)
-    for k in range(len(net.layers), 0, -1):
-        layer, d = net.layers[k - 1], held[k - 1]
-        pivot = torch.diag(d) - blocks.pop((k, k), torch.zeros(len(d), len(d), dtype=torch.float64))
-        factor, info = torch.linalg.cholesky_ex(pivot)
-        if int(info) != 0:
-            return None
-        rows = {part.source: _middle(layer, d)[:, None] * part.matrix for part in layer.parts}
-        for source in [source for first, source in blocks if first == k]:
-            block = blocks.pop((k, source))
-            rows[source] = rows[source] + block if source in rows else block
-        solved = {s: torch.linalg.solve_triangular(factor, row, upper=False) for s, row in rows.items()}
-        for first in sorted(solved):
-            for second in [s for s in sorted(solved) if s <= first]:
-                put(first, second, solved[first].T @ solved[second])
-        inner = layer.low * layer.high * d
-        if bool((inner != 0).any()):
-            for left, right in _lower(layer.parts):
-                put(left.source, right.source, -(left.matrix.T @ (inner[:, None] * right.matrix)))
-    size = net.sizes[0]
-    return blocks.get((0, 0), torch.zeros(size, size, dtype=torch.float64))
 
 
 def _lower(parts: Sequence[Part]) -> Iterator[tuple[Part, Part]]:
@@ -265,63 +229,22 @@ def _middle(layer: Layer, d: Tensor) -> Tensor:
 
 def _reduced(net: Neurons, tau: Tensor) -> Neurons | None:
     """The part with y, ||y||^2 <= x^T T x, for the start, where fewer rows read it than it has numbers."""
-    rows = [*(part for layer in net.layers for part in layer.parts), *net.output]
-    rows = [part for part in rows if part.source == 0]
-    count = sum(len(part.matrix) for part in rows)
-    if not 0 < count < net.sizes[0]:
+    parts = net.start_parts
+    if not 0 < net.start_rows < net.sizes[0]:
         return net
     root = tau.rsqrt()  # right to 4 units: the product with it to 6
-    stacked = torch.cat([part.matrix for part in rows]) * root
-    largest, size = float(root.max()), float(norm_up(stacked.flatten()))
-    error = up_mul(float(norm_up(torch.tensor([part.error for part in rows], dtype=torch.float64))), largest, 1.01)
-    error = up_add(error, up_mul(8 * UNIT, size), up_mul(float(stacked.numel()), _LOST))
+    stacked = torch.cat([part.matrix for part in parts]) * root
+    error = float(norm_up(torch.tensor([part.error for part in parts], dtype=torch.float64)))
+    rounding = up_add(up_mul(8 * UNIT, float(norm_up(stacked.flatten()))), up_mul(float(stacked.numel()), _LOST))
     scale = power_of_two(stacked)
-    factor = _covering(stacked * scale, size * scale, up_add(error * scale, up_mul(float(stacked.numel()), _LOST)))
+    error = up_mul(up_add(up_mul(error, float(root.max()), 1.01), rounding), scale)
+    factor = covering(stacked * scale, up_add(error, up_mul(float(stacked.numel()), _LOST)))
     if factor is None:
         return None
     unscaled = factor / scale
     if not bool((unscaled * scale == factor).all()):  # where entries become subnormal
         return None
-    blocks = iter(torch.split(unscaled, [len(part.matrix) for part in rows]))
-    layers = tuple(Layer(_with_start(layer.parts, blocks), layer.low, layer.high, layer.tied) for layer in net.layers)
-    return Neurons((count, *net.sizes[1:]), layers, _with_start(net.output, blocks))
-
-
-def _with_start(parts: Sequence[Part], blocks: Iterator[Tensor]) -> tuple[Part, ...]:
-    return tuple(Part(0, next(blocks)) if part.source == 0 else part for part in parts)
-
-
-def _covering(rows: Tensor, size: float, error: float) -> Tensor | None:
-    """G with G G^T >= M M^T for every M within `error` of `rows`, whose Frobenius norm is at most `size`.
-
-    M M^T <= (1 + t) H H^T + (1 + 1/t) error^2 I for t > 0, H the rows; the products' rounding is at most
-    gamma_n ||H||_F^2 and gamma_m ||G||_F^2.
-    """
-    count, length = rows.shape
-    gram = rows @ rows.T
-    spread = max(2.0**-40, 2.0 ** math.ceil(math.log2(error / size))) if 0 < error < size else 2.0**-40
-    fixed = up_add(
-        up_mul(error, error, 1 + 1.01 / spread),
-        up_mul(gamma(length + 2), size, size, 2.01),
-        up_mul(float(length * count), _LOST),
-    )
-    wanted = gram * (1 + 2 * spread)
-    for attempt in range(6):
-        raised = wanted.clone()
-        raised.diagonal().add_(fixed * 4 + size * size * 2.0**-46 * 8.0**attempt)
-        factor: Tensor
-        factor, info = torch.linalg.cholesky_ex(raised)
-        if int(info) != 0:
-            continue
-        length_of_factor = float(norm_up(factor.flatten()))
-        rounding = up_mul(gamma(count + 2), length_of_factor, length_of_factor)
-        scaled = up_mul(4 * UNIT, size, size, 1.01)  # of (1 + spread) * gram
-        rest = factor @ factor.T - (1 + spread) * gram
-        needed = up_add(fixed, rounding, scaled, up_mul(4 * UNIT, float(norm_up(rest.flatten()))))
-        level = -up_mul(needed, 1.01) - cholesky_factor(count, torch.float64) * float(rest.diagonal().sum().abs()) * 2
-        if float(proved_below(-rest, level)) <= -needed:
-            return factor
-    return None
+    return net.with_start(unscaled)
 
 
 class _Matrix:
@@ -329,7 +252,7 @@ class _Matrix:
 
     def __init__(self, net: Neurons, held: list[Tensor], start: Tensor) -> None:
         self._net, self._held = net, held
-        self.scales = [_power(start), *(_power(d) for d in held)]
+        self.scales = [inverse_roots(start), *(inverse_roots(d) for d in held)]
         ends = torch.tensor([0, *net.sizes]).cumsum(0).tolist()
         self._slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
         self._full = torch.zeros(ends[-1], ends[-1], dtype=torch.float64)
@@ -397,15 +320,9 @@ class _Matrix:
         self._errors.append(up_add(error, up_mul(2 * UNIT, touched)))
 
 
-def _power(d: Tensor) -> Tensor:
-    """About d^(-1/2), a power of two each."""
-    exponents = -(torch.log2(d) / 2).round().to(torch.int64)
-    return torch.from_numpy(np.ldexp(np.ones(len(d)), exponents.numpy()))
-
-
-def _prove_l1(net: Neurons, held: list[Tensor]) -> Proved:
+def _prove_l1(net: Neurons, multipliers: Sequence[Tensor], held: list[Tensor]) -> Proved:
     """By Q, what elimination leaves, raised on its diagonal."""
-    rest = _eliminated(net, held)
+    rest = least_form(net, multipliers)
     if rest is None or not bool(torch.isfinite(rest).all()):
         return Proved(math.inf)
     rest = (rest + rest.T) / 2

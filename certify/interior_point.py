@@ -132,19 +132,9 @@ def _start(net: Neurons) -> list[Tensor]:
 
 def _narrowed(net: Neurons) -> Neurons:
     """The same bound in l2 with fewer numbers at the start: M = (M Q) Q^T acts like M Q, Q^T Q = I."""
-    rows = [part for parts in _all_parts(net) for part in parts if part.source == 0]
-    count = sum(len(part.matrix) for part in rows)
-    if not 0 < count < net.sizes[0]:
+    if not 0 < net.start_rows < net.sizes[0]:
         return net
-    narrow = torch.linalg.qr(torch.cat([part.matrix for part in rows]).T, mode="r").R.T
-    blocks = iter(torch.split(narrow, [len(part.matrix) for part in rows]))
-    parts = [tuple(Part(0, next(blocks)) if p.source == 0 else p for p in parts) for parts in _all_parts(net)]
-    layers = tuple(replace(layer, parts=own) for layer, own in zip(net.layers, parts, strict=False))
-    return Neurons((narrow.shape[1], *net.sizes[1:]), layers, parts[-1])
-
-
-def _all_parts(net: Neurons) -> list[tuple[Part, ...]]:
-    return [*(layer.parts for layer in net.layers), net.output]
+    return net.with_start(torch.linalg.qr(torch.cat([part.matrix for part in net.start_parts]).T, mode="r").R.T)
 
 
 def _balanced(net: Neurons) -> tuple[Neurons, list[float]]:

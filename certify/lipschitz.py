@@ -21,14 +21,13 @@ from .graph import Graph, check_finite_state, check_model, check_replay, floatin
 from .inequality import Relaxation
 from .linear import LinearMap, NormBounds, check_norm, converted, float64
 from .power import estimate_norm
-from .rounding import UNIT, norm_up, sum_up, up, up_mul, up_sqrt
+from .rounding import ROOT_2, UNIT, norm_up, sum_up, up, up_mul, up_sqrt
 from .rules import leaf_types
 from .sdp import Attempt, Found, Tightener
 from .spectral import bracket
 from .walk import Place, Walk
 
 METHODS = ("product", "closed-form", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "local", "auto")
-_ROOT_2 = 1.4142135623730951  # rounded up
 _ESTIMATE = 1e-7  # relative rounding of an estimate from below, in float64,
 _CANCELLATION = 1e-11  # and in parts of the product of the norms, where large terms cancel
 _TIGHT = 1e-3  # relative gain that is not worth a search
@@ -192,30 +191,53 @@ def _with_lower(bound: LipschitzBound, lower: LowerEstimates) -> LipschitzBound:
 def _product(graph: Graph, input_shape: tuple[int, ...], norm: str) -> LipschitzBound:
     begin = time.monotonic()
     record = _product_in(graph, norm)
-    upper, pairwise, records = record.upper, record.pairwise, {norm: record}
-    methods = [["product"] * len(pairwise) for _ in pairwise]
-    if norm != "l2":
-        other_record = records["l2"] = _product_in(graph, "l2")
-        inner, outer = _equivalence(norm, input_shape, len(pairwise))
-        upper = min(upper, up_mul(other_record.upper, inner, outer))
-        other = _times(other_record.pairwise, inner)
-        methods = [["equivalence" if better else "product" for better in row] for row in (other < pairwise).tolist()]
-        pairwise = torch.minimum(pairwise, other)
-    names = tuple(tuple(row) for row in methods)
+    records = {name: record if name == norm else _product_in(graph, name) for name in dict.fromkeys((norm, "l2"))}
     layers = tuple(_layer_bound(run) for run in record.runs if run.parts)
-    attempt = Attempt("product", upper, float(pairwise.max()), time.monotonic() - begin)
-    return LipschitzBound(
-        upper,
-        0.0,
-        pairwise,
-        layers,
-        norm,
-        input_shape,
-        names,
-        records,
-        model_digest(graph),
-        attempts=(attempt,),
+    bare = LipschitzBound(
+        record.upper, 0.0, record.pairwise, layers, norm, input_shape, (), records, model_digest(graph)
     )
+    bound = by_relaxations(bare, ())
+    attempt = Attempt("product", bound.upper, float(bound.pairwise.max()), time.monotonic() - begin)
+    return replace(bound, attempts=(attempt,))
+
+
+def by_relaxations(bound: LipschitzBound, relaxations: Sequence[Relaxation]) -> LipschitzBound:
+    """The bound from its records, the product's, and these relaxations alone: of each constant the smallest."""
+    norm, own, l2, classes = bound.norm, bound.records[bound.norm], bound.records["l2"], len(bound.pairwise)
+    upper, pairwise = own.upper, own.pairwise.clone()
+    names = [["product"] * classes for _ in range(classes)]
+    inner, outer = _equivalence(norm, bound.input_shape, classes)
+    if norm != "l2":
+        upper = min(upper, up_mul(l2.upper, inner, outer))
+        _take(pairwise, names, _times(l2.pairwise, inner), "equivalence")
+    used: dict[tuple[int, int] | None, Relaxation] = {}  # by pair; that of the whole end at None and in `shared`
+    shared: list[Relaxation] = []
+    for one in sorted(relaxations, key=lambda one: one.pair is None):  # pairs first: fewer need the whole end's
+        same = one.norm == norm
+        constant = one.upper if same else up_mul(one.upper, inner)
+        label = one.method if same else f"{one.method} by equivalence"
+        if one.pair is None:
+            if up_mul(constant, outer) < upper:
+                upper, used[None] = up_mul(constant, outer), one
+            every = torch.full_like(pairwise, up_mul(constant, ROOT_2)).fill_diagonal_(0.0)
+            if _take(pairwise, names, every, label):
+                shared.append(one)
+        elif constant < float(pairwise[one.pair]):
+            i, j = one.pair
+            pairwise[i, j] = pairwise[j, i] = constant
+            names[i][j] = names[j][i] = label
+            used[one.pair] = one
+    kept = tuple(dict.fromkeys((*used.values(), *shared)))
+    return replace(bound, upper=upper, pairwise=pairwise, pair_methods=tuple(map(tuple, names)), relaxations=kept)
+
+
+def _take(pairwise: Tensor, names: list[list[str]], other: Tensor, label: str) -> bool:
+    """Take smaller constants, in place; whether there were any."""
+    better = other < pairwise
+    pairwise.copy_(torch.minimum(pairwise, other))
+    for i, j in torch.nonzero(better).tolist():
+        names[i][j] = label
+    return bool(better.any())
 
 
 def _equivalence(norm: str, input_shape: tuple[int, ...], classes: int) -> tuple[float, float]:
@@ -235,38 +257,8 @@ def _tightened(
     """The bound with the smaller constant of its own and of every relaxation that is proved."""
     constants, classes = dict(bound.records["l2"].constants), len(bound.pairwise)
     found = Tightener(graph, constants, classes, solver).tighten(method, bound.norm, budget, device)
-    upper, pairwise, names = bound.upper, bound.pairwise.clone(), [list(row) for row in bound.pair_methods]
-    off_diagonal = ~torch.eye(classes, dtype=torch.bool)
-    used: dict[tuple[int, int] | None, Relaxation] = {}  # by pair; that of the whole end at None and in `shared`
-    shared: set[Relaxation] = set()
-    for one in sorted(found.relaxations, key=lambda one: one.pair is None):  # pairs first: fewer need the whole end's
-        same = one.norm == bound.norm
-        inner, _ = _equivalence("l2" if same else bound.norm, bound.input_shape, classes)
-        label = one.method if same else f"{one.method} by equivalence"
-        constant = up_mul(one.upper, inner)
-        if one.pair is None:
-            outer = _equivalence(bound.norm, bound.input_shape, classes)[1]
-            if up_mul(constant, outer) < upper:
-                upper, used[None] = up_mul(constant, outer), one
-            better = (pairwise > up_mul(constant, _ROOT_2)) & off_diagonal
-            if bool(better.any()):
-                shared.add(one)
-                pairwise[better] = up_mul(constant, _ROOT_2)
-                for i, j in torch.nonzero(better).tolist():
-                    names[i][j] = label
-        elif constant < float(pairwise[one.pair]):
-            i, j = one.pair
-            pairwise[i, j] = pairwise[j, i] = constant
-            names[i][j] = names[j][i] = label
-            used[one.pair] = one
-    return replace(
-        bound,
-        upper=upper,
-        pairwise=pairwise,
-        pair_methods=tuple(tuple(row) for row in names),
-        relaxations=tuple(dict.fromkeys([*used.values(), *(one for one in found.relaxations if one in shared)])),
-        attempts=(*bound.attempts, *(_in_norm(one, bound, found) for one in found.attempts)),
-    )
+    attempts = (*bound.attempts, *(_in_norm(one, bound, found) for one in found.attempts))
+    return replace(by_relaxations(bound, found.relaxations), attempts=attempts)
 
 
 def _in_norm(attempt: Attempt, bound: LipschitzBound, found: Found) -> Attempt:
@@ -277,7 +269,7 @@ def _in_norm(attempt: Attempt, bound: LipschitzBound, found: Found) -> Attempt:
     inner, outer = _equivalence(bound.norm, bound.input_shape, len(bound.pairwise))
     if own[0].norm == bound.norm:
         inner = 1.0
-    pair = attempt.pair_upper if attempt.pair_upper < math.inf else up_mul(attempt.upper, _ROOT_2)
+    pair = attempt.pair_upper if attempt.pair_upper < math.inf else up_mul(attempt.upper, ROOT_2)
     return replace(attempt, upper=up_mul(attempt.upper, inner, outer), pair_upper=up_mul(pair, inner))
 
 

@@ -30,7 +30,7 @@ from .local_sdp import Quadratic, suits
 from .neurons import Form, NoForm, Term, form
 from .preactivations import Centre, Enclosure, Late, Region
 from .rounding import down, gamma, norm_up, up, up_mul
-from .walk import Walk
+from .walk import Walk, structure
 
 METHODS = ("global", "crown", "lipsdp")
 _CLOSE = 1e-2  # relative width of a bracket that is not narrowed further
@@ -218,7 +218,7 @@ class _Part:
         """
         deadline = time.monotonic() + budget
         graph = certifier.graph
-        walk = Walk(graph, norm_of=lambda name, parts, linear: 1.0, factor_of=lambda rule, call: 1.0, prepare=float64)
+        walk = structure(graph)
         constants = dict(bound.records["l2"].constants)
         for node in graph.nodes:
             if node not in graph.shapes or (node is not graph.input and walk.place(node).anchor is not node):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .edges import Edge
 from .preactivations import Enclosure, Region
-from .rounding import UNIT, cholesky_factor, gamma, proved_below, up_sqrt
+from .rounding import UNIT, cholesky_factor, gamma, inverse_roots, proved_below, up_sqrt
 
 _SIDE = 768  # most numbers of the start and loose neurons
 _STEPS = (4, 3)  # of the multipliers, from nothing and from those of another ball
@@ -116,7 +116,7 @@ class Quadratic:
     def _proved(self, g: Tensor, multipliers: Tensor, value: float) -> bool:
         """Whether the inequality holds for c = value."""
         diagonal = torch.cat([torch.full((self.sizes[0],), value, dtype=torch.float64), multipliers])
-        scales = torch.exp2(-(diagonal.log2() / 2).round())
+        scales = inverse_roots(diagonal)
         diagonal = diagonal * scales * scales
         roots = multipliers.sqrt() * self.widths * (1 + 2.0**-50)
         stacked = torch.cat([roots[:, None] * self.rows, g[None]]) * scales

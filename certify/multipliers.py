@@ -156,34 +156,35 @@ def problem(
     device: torch.device | str = "cpu",
 ) -> Problem:
     """The problems of the whole end (pairs None, one problem) or of differences of two of its numbers."""
-    levels, rows, sizes = [], None, net.sizes
-    parts = [*(part for layer in net.layers for part in layer.parts), *net.output]
-    reading = [part for part in parts if part.source == 0]
-    blocks: dict[int, Tensor] = {}  # by the position of the part
-    if reading and sum(len(part.matrix) for part in reading) < net.sizes[0]:
-        stacked = torch.cat([part.matrix for part in reading])
-        units = torch.eye(len(stacked), dtype=torch.float64)
-        if norm == "l2":
-            units = _root(stacked @ stacked.T)
-        else:
+    levels, rows = [], None
+    if 0 < net.start_rows < net.sizes[0]:
+        stacked = torch.cat([part.matrix for part in net.start_parts])
+        if norm != "l2":
             rows = stacked.to(device)
-        split = torch.split(units, [len(part.matrix) for part in reading])
-        blocks = {id(part): block for part, block in zip(reading, split, strict=True)}
-        sizes = (len(stacked), *net.sizes[1:])
+        net = net.with_start(_root(stacked @ stacked.T) if norm == "l2" else torch.eye(len(stacked)).to(stacked))
     for layer in net.layers:
-        matrices = {part.source: blocks.get(id(part), part.matrix).to(device) for part in layer.parts}
+        matrices = {part.source: part.matrix.to(device) for part in layer.parts}
         low, high = layer.low.to(device), layer.high.to(device)
         tied = layer.tied.to(device)
         levels.append(_Level(matrices, (low + high) / 2, low * high, low, high, tied, layer.multipliers))
     ends = {}
     for part in net.output:
-        matrix = blocks.get(id(part), part.matrix).to(device)
+        matrix = part.matrix.to(device)
         if pairs is None:
             ends[part.source] = matrix[None]
         else:
             first, second = (torch.tensor(side, device=device) for side in zip(*pairs, strict=True))
             ends[part.source] = (matrix[first] - matrix[second])[:, None]
-    return Problem(tuple(levels), ends, rows, norm, sizes)
+    return Problem(tuple(levels), ends, rows, norm, net.sizes)
+
+
+def least_form(net: Neurons, multipliers: Sequence[Tensor]) -> Tensor | None:
+    """About the quadratic form [start, start] that is left of the start; None where some S_k > 0 fails."""
+    given = problem(net, None, "l1")
+    passed = _eliminate(given, lambda k, form, crossed: multipliers[k][None])
+    if not bool(passed.fine):
+        return None
+    return passed.rest[0] if given.rows is None else given.rows.T @ passed.rest[0] @ given.rows
 
 
 def _root(gram: Tensor) -> Tensor:

@@ -108,6 +108,30 @@ class Neurons:
     layers: tuple[Layer, ...]
     output: tuple[Part, ...]
 
+    @property
+    def start_parts(self) -> list[Part]:
+        """The matrices that read the start, layer by layer, those of the end last."""
+        parts = [*(part for layer in self.layers for part in layer.parts), *self.output]
+        return [part for part in parts if part.source == 0]
+
+    @property
+    def start_rows(self) -> int:
+        """How many rows they have."""
+        return sum(len(part.matrix) for part in self.start_parts)
+
+    def with_start(
+        self,
+        rows: Tensor,  # [start_rows, n], exact
+    ) -> Neurons:
+        """The same with n numbers at the start and other matrices that read it."""
+        blocks = iter(torch.split(rows, [len(part.matrix) for part in self.start_parts]))
+
+        def read(parts: tuple[Part, ...]) -> tuple[Part, ...]:
+            return tuple(Part(0, next(blocks)) if part.source == 0 else part for part in parts)
+
+        layers = tuple(replace(layer, parts=read(layer.parts)) for layer in self.layers)
+        return Neurons((rows.shape[1], *self.sizes[1:]), layers, read(self.output))
+
     def mixed(
         self,
         rows: Tensor,  # [m, end]

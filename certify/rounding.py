@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 UNIT = 2.0**-53  # of float64
+ROOT_2 = 1.4142135623730951  # rounded up
 
 # Roundings allowed to a Cholesky entry beyond its inner product: the square root or division, one more where a library
 # multiplies by a rounded reciprocal, and some to spare.
@@ -117,6 +119,40 @@ def power_of_two(values: Tensor) -> float:
     if largest == 0.0 or 2.0**-200 < largest < 2.0**200 or not math.isfinite(largest):
         return 1.0
     return 2.0 ** max(-1000, min(1000, -math.frexp(largest)[1]))
+
+
+def inverse_roots(
+    values: Tensor,  # [n] > 0, between 2^-2000 and 2^2000
+) -> Tensor:  # [n] float64
+    """About values^(-1/2), a power of two each, by which products are exact."""
+    exponents = -(torch.log2(values.detach().cpu().double()) / 2).round().to(torch.int64)
+    return torch.from_numpy(np.ldexp(np.ones(len(exponents)), exponents.numpy()))
+
+
+def covering(
+    rows: Tensor,  # [m, n] H, float64
+    error: float,
+) -> Tensor | None:  # [m, m]
+    """R with R R^T >= M M^T for every M within `error` of H in l2; None for numbers far from 1, or where it fails.
+
+    Then M = R K for a K of norm at most 1 (Douglas 1966): R y, ||y|| <= r, stands for all M x, ||x|| <= r. R is the
+    Cholesky factor of fl(H H^T) + s I, with s above all errors: gamma ||H||_F^2 of the product, c tr of the
+    factorisation (see `cholesky_factor`), 2 ||H|| e + e^2 of the matrix itself.
+    """
+    count, length = rows.shape
+    if not 2.0**-200 < largest_entry(rows) < 2.0**200:
+        return None
+    size = float(norm_up(rows.flatten()))
+    apart = up_add(up_mul(up_add(gamma(length), 4 * UNIT), size, size), up_mul(2.0, size, error), up_mul(error, error))
+    shift = up_mul(2.0, up_add(apart, up_mul(2 * cholesky_factor(count, torch.float64), size, size)))
+    gram = rows @ rows.T
+    gram.diagonal().add_(shift)
+    needed = up_add(apart, up_mul(cholesky_factor(count, torch.float64), float(sum_up(gram.diagonal()))))
+    needed = up_add(needed, up_mul(2 * UNIT, largest_entry(gram.diagonal())))
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    fine = int(failed) == 0 and bool(torch.isfinite(factor).all()) and needed <= shift
+    return factor if fine else None
 
 
 def largest_entry(values: Tensor) -> float:

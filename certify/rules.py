@@ -8,9 +8,9 @@ subclass with its own forward needs its own rule, and an operation without a rul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .graph import plain_type, type_name
 from .linear import LinearMap
 
 Operation = type[nn.Module] | Callable[..., Any] | str
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -128,20 +129,31 @@ def register_rule(
         register_rounding(*operations, rounding=rounding)
 
 
+def enter(
+    table: dict[Operation, Callable[[Call], Value]],
+    operations: Sequence[Operation],
+    value: Callable[[Call], Value] | Value,
+    refusal: str,
+) -> None:
+    """Enter operations into a table of functions of their call; `value` may be one value for all calls.
+
+    Raises:
+        ValueError: operations that the table has already: "<refusal>" with {} for them.
+    """
+    known = [operation for operation in operations if operation in table]
+    if known:
+        raise ValueError(refusal.format(", ".join(map(str, known))))
+    function: Callable[[Call], Value] = value if callable(value) else lambda call: value
+    table.update(dict.fromkeys(operations, function))
+
+
 def register_rounding(*operations: Operation, rounding: Callable[[Call], Rounding] | Rounding) -> None:
     """Give operations the rule for the rounding of their results, apart from their Lipschitz rule.
 
     Raises:
         ValueError: an operation that has one already.
     """
-    known = [operation for operation in operations if operation in _ROUNDINGS]
-    if known:
-        raise ValueError(f"register_rounding: {', '.join(map(str, known))} has a rounding rule already")
-    if isinstance(rounding, Rounding):
-        always = rounding
-        _ROUNDINGS.update(dict.fromkeys(operations, lambda call: always))
-    else:
-        _ROUNDINGS.update(dict.fromkeys(operations, rounding))
+    enter(_ROUNDINGS, operations, rounding, "register_rounding: {} has a rounding rule already")
 
 
 def rounding_for(operation: Operation, call: Call, name: str) -> Rounding:

@@ -20,11 +20,10 @@ from .arithmetic import proving
 from .graph import Graph
 from .inequality import Proved, Relaxation, prove, prove_pairs
 from .interior_point import SolverFailed, solve
-from .linear import float64
 from .multipliers import SCHEDULE, Problem, initial, problem, search, shared
 from .neurons import Form, Neurons, NoForm, form, neurons
 from .rounding import up_div, up_mul
-from .walk import Walk
+from .walk import structure
 
 SDP_METHODS = ("closed-form", "lipsdp", "lipsdp-layer", "lipsdp-first-order")
 MOST_PAIRS = 256
@@ -116,18 +115,32 @@ def first_order(
         return _proposals(whole, search(whole, start, deadline))
     if warm is None:
         start = search(whole, start, time.monotonic() + _SHARE * seconds)
-    counts = sum(level.count for level in whole.levels)
-    starts = torch.cat([start[:, :counts] + math.log(2.0), start[:, counts:]], 1).expand(len(pairs), -1)
     together = _together(net, pairs, start, seconds_left(deadline) * _SHARE, device) if norm == "l2" else None
-    if together is not None:
-        starts = together.logs + together.squares.T.log()
+    return _pair_by_pair(net, pairs, norm, start, together, deadline, device)
+
+
+def _pair_by_pair(
+    net: Neurons,
+    pairs: Sequence[tuple[int, int]],
+    norm: str,
+    start: Tensor,
+    together: Together | None,
+    deadline: float,
+    device: torch.device | str,
+) -> list[Proposal]:
+    """A search for each pair, from what was found for all together, else from logarithms of the whole end, doubled."""
     given = problem(net, pairs, norm, device)
+    if together is None:
+        counts = sum(level.count for level in given.levels)
+        starts = torch.cat([start[:, :counts] + math.log(2.0), start[:, counts:]], 1).expand(len(pairs), -1)
+    else:
+        starts = together.logs + together.squares.T.log()
     step = max(1, _BATCH // max(1, sum(size * size for size in given.sizes)))
     parts = torch.split(torch.arange(len(pairs), device=start.device), step)
     found = []
     for position, part in enumerate(parts):
-        share = (deadline - time.monotonic()) / (len(parts) - position)
-        found.append(search(given.chosen(part), starts[part], time.monotonic() + max(share, 0.0), SCHEDULE[1:-1]))
+        share = seconds_left(deadline) / (len(parts) - position)
+        found.append(search(given.chosen(part), starts[part], time.monotonic() + share, SCHEDULE[1:-1]))
     return _proposals(given, torch.cat(found))
 
 
@@ -198,7 +211,7 @@ class Tightener:
 
     def __init__(self, graph: Graph, constants: Mapping[str, float], classes: int, solver: str | None = None) -> None:
         self._graph, self._constants, self._solver = graph, constants, solver
-        self._walk = Walk(graph, norm_of=lambda *_: 1.0, factor_of=lambda *_: 1.0, prepare=float64)
+        self._walk = structure(graph)
         few = classes * (classes - 1) <= 2 * MOST_PAIRS
         self._pairs = list(itertools.combinations(range(classes), 2)) if few else []
         self._nets: dict[fx.Node, Neurons] = {}
@@ -293,27 +306,24 @@ class Tightener:
         yield relaxation
         if not part.pairs:
             return
+        start, together = _logarithms(problem(net, None, norm, device), whole), None
         if norm == "l2" and relaxation is not None:
-            yield from self._shared(part, whole, relaxation, seconds_left(deadline) * _SHARE, device)
+            together = _together(net, part.pairs, start, seconds_left(deadline) * _SHARE, device)
+        if together is not None and relaxation is not None:
+            yield from self._shared(part, together, relaxation)
         # one by one only where all proofs fit and the search is left a good part
         left = seconds_left(deadline) - proof_seconds * len(part.pairs)
         if left < (deadline - begin) * _WORTHWHILE:
             return
-        found = first_order(net, part.pairs, norm, seconds=left, device=device, warm=whole)
+        found = _pair_by_pair(net, part.pairs, norm, start, together, time.monotonic() + left, device)
         for pair, proposal in zip(part.pairs, found, strict=True):
             yield self._proof(part, pair, proposal)
             if time.monotonic() > deadline + _GRACE * left:
                 return
 
-    def _shared(
-        self, part: _Part, whole: Proposal, proved: Relaxation, seconds: float, device: torch.device | str
-    ) -> Iterator[Relaxation | None]:
+    def _shared(self, part: _Part, together: Together, proved: Relaxation) -> Iterator[Relaxation | None]:
         """All pairs by one proof."""
-        given = problem(part.net, None, part.norm, device)
-        together = _together(part.net, part.pairs, _logarithms(given, whole), seconds, device)
-        if together is None:
-            return
-        (own,) = _proposals(given, together.logs)
+        (own,) = _proposals(problem(part.net, None, part.norm), together.logs)
         largest = up_div(proved.upper, proved.start_constant) if proved.start_constant > 0 else math.inf
         results = prove_pairs(part.net, own.multipliers, together.gram.cpu(), part.pairs, largest)
         for pair, (result, multipliers) in zip(part.pairs, results, strict=True):

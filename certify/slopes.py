@@ -20,7 +20,7 @@ from torch.nn import functional
 from .convolution import Convolution
 from .layer_rules import GELU, GELU_TANH, SILU, _gelu
 from .linear import Chain, Dense, LinearMap, Reindex
-from .rules import Call, Operation
+from .rules import Call, Operation, enter
 
 _GRID = 2.0**26  # slopes are widened to multiples of 1 / this, so that their sums and products are exact
 _STEEPEST = 2.0**20
@@ -74,14 +74,7 @@ def register_slopes(*operations: Operation, slopes: Callable[[Call], Slopes | No
     Raises:
         ValueError: an operation that has one already.
     """
-    known = [operation for operation in operations if operation in _SLOPES]
-    if known:
-        raise ValueError(f"register_slopes: {', '.join(map(str, known))} has slopes already")
-    if isinstance(slopes, Slopes):
-        always = slopes
-        _SLOPES.update(dict.fromkeys(operations, lambda call: always))
-    else:
-        _SLOPES.update(dict.fromkeys(operations, slopes))
+    enter(_SLOPES, operations, slopes, "register_slopes: {} has slopes already")
 
 
 def slopes_of(operation: Operation, call: Call) -> Slopes | None:

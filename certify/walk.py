@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .graph import Graph, plain_type, type_name
-from .linear import Concat, Diagonal, LinearMap, add, chain, identity, joined
+from .linear import Concat, Diagonal, LinearMap, add, chain, float64, identity, joined
 from .rounding import up_add, up_mul
 from .rules import Call, Operation, Rule, rule_for
 
@@ -50,6 +50,11 @@ def _joined(constants: list[Any], norm: str) -> Any:
         return joined(constants, norm)
     parts = torch.stack([torch.as_tensor(constant).to(estimates[0]) for constant in constants])
     return torch.linalg.vector_norm(parts, {"l2": 2.0, "linf": math.inf, "l1": 1.0}[norm])
+
+
+def structure(graph: Graph) -> Walk:
+    """A walk for the places and calls of a graph alone, in float64; its constants mean nothing."""
+    return Walk(graph, norm_of=lambda *_: 1.0, factor_of=lambda *_: 1.0, prepare=float64)
 
 
 class Walk:

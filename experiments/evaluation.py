@@ -17,6 +17,7 @@ from ..attacks import attack, is_minimum_norm
 from ..certify import NORMS, Certifier, LipschitzBound, Radii, certified_accuracy, lipschitz
 from ..certify.execution import Executed, executed, logits_of
 from ..certify.graph import floating_like
+from ..certify.lipschitz import by_relaxations
 from ..certify.local import LocalRadii, local_radii
 from .config import CellConfig
 from .data import Dataset, Split
@@ -208,7 +209,7 @@ def _certify(
     for norm in NORMS:
         columns[f"radius_method_{norm}"] = _methods(radii[norm], bounds[norm], label)
     if config.bound != "product":
-        product = lipschitz(model, tuple(split.x.shape[1:]), "product", config.norm)
+        product = by_relaxations(bounds[config.norm], ())
         columns["radius_product"] = certifier.radii(margins, product).radius.numpy()
     return pd.DataFrame(columns), radii
 

@@ -101,12 +101,12 @@ def separated_points(model, x, norm, steps=20):  # [B, ...] -> [B, ...]
         change = model(other) - model(x)
         value = (change.amax(1) - change.amin(1)).sum()
         (gradient,) = torch.autograd.grad(value, other)
-        step = _steepest(gradient, norm)
+        step = steepest(gradient, norm)
         other = (x + _onto_sphere(other.detach() - x + 0.03 * step, size, norm)).requires_grad_()
     return other.detach()
 
 
-def _steepest(gradient, norm):
+def steepest(gradient, norm):
     flat = gradient.flatten(1)
     if norm == "linf":
         return gradient.sign()

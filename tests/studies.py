@@ -15,6 +15,15 @@ from speccert.experiments.store import RunFolder
 ROOT = Path(__file__).parent.parent
 
 
+def user_module(folder, monkeypatch, name, text):
+    """A module of the user's in the current folder, which becomes `folder`."""
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return folder
+
+
 def finish(output, results=None, **settings):
     """A finished cell; its folder."""
     cell = CellConfig(**settings)

@@ -1,10 +1,10 @@
 import dataclasses
 import io
-import sys
 
 import pytest
 import torch
 from rich.console import Console
+from studies import user_module
 from torch import nn
 
 from speccert.certify import certified_radii, lipschitz
@@ -34,11 +34,7 @@ def text(shown):
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     """A module of the user's, `bound_models`, in the current folder."""
-    (tmp_path / "bound_models.py").write_text(MODELS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "bound_models", raising=False)
-    return tmp_path
+    return user_module(tmp_path, monkeypatch, "bound_models", MODELS)
 
 
 @pytest.fixture

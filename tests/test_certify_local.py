@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from oracles import p_norm, random, randomised, seeded
+from oracles import p_norm, random, randomised, seeded, steepest
 from scipy.optimize import linprog
 from torch import nn
 
@@ -136,16 +136,6 @@ def attacked(model, x, label, radius, norm, steps=15):  # -> the smallest margin
         length = p_norm(offset, norm).clamp_min(1e-30).reshape(-1, *[1] * x.dim())
         found = x + offset * (radius / length).clamp_max(1.0)
     return least
-
-
-def steepest(gradient, norm):
-    flat = gradient.flatten(1)
-    if norm == "linf":
-        return gradient.sign()
-    if norm == "l2":
-        return (flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-30)).reshape(gradient.shape)
-    largest = flat.abs().argmax(1, keepdim=True)
-    return torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest).sign()).reshape(gradient.shape)
 
 
 @pytest.mark.parametrize(("name", "norm"), CASES)

@@ -201,14 +201,20 @@ def test_a_bad_status_gives_no_multipliers(status, monkeypatch):
         solve(NETS["chain"], solver="scs")
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-12, 0.3])
-def test_wrong_values_called_optimal_do_not_matter(value, monkeypatch):
+def lying(value):
+    """A solver that calls one number the optimum everywhere."""
+
     def lie(program, solver, seconds):
         program._status = "optimal"
         for variable in program.variables():
             variable.save_value(np.full(variable.shape, value))
 
-    monkeypatch.setattr(interior_point, "_run", lie)
+    return lie
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-12, 0.3])
+def test_wrong_values_called_optimal_do_not_matter(value, monkeypatch):
+    monkeypatch.setattr(interior_point, "_run", lying(value))
     net = NETS["chain"]
     assert best_of(net) * (1 - 1e-9) <= proved(net, solve(net, solver="clarabel"))
 
@@ -219,12 +225,7 @@ def best_of(net):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_values_that_are_not_finite_are_refused(value, monkeypatch):
-    def lie(program, solver, seconds):
-        program._status = "optimal"
-        for variable in program.variables():
-            variable.save_value(np.full(variable.shape, value))
-
-    monkeypatch.setattr(interior_point, "_run", lie)
+    monkeypatch.setattr(interior_point, "_run", lying(value))
     with pytest.raises(SolverFailed, match="not finite"):
         solve(NETS["chain"], solver="scs")
 

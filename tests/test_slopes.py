@@ -121,23 +121,15 @@ def test_smooth_slopes_hold_at_their_extrema_in_50_digits(name):
         assert abs(f(peak + mpmath.mpf("1e-12")) - f(peak - mpmath.mpf("1e-12"))) <= found.high * mpmath.mpf("2e-12")
 
 
+@pytest.mark.parametrize("kind", [nn.LeakyReLU, nn.ELU])
 @EXAMPLES
-@given(st.floats(-50, 50), numbers, numbers)
-def test_leaky_slopes_of_any_parameter(slope, first, second):
-    layer = nn.LeakyReLU(slope)
+@given(parameter=st.floats(-50, 50), first=numbers, second=numbers)
+def test_slopes_of_any_parameter(kind, parameter, first, second):
+    layer = kind(parameter)
     found = described(layer)
     if abs(first - second) > 1e-30 * (abs(first) + 1):
         assert found.low <= quotient(layer, first, second) <= found.high
-    assert found.parameter == slope
-
-
-@EXAMPLES
-@given(st.floats(-50, 50), numbers, numbers)
-def test_elu_slopes_of_any_parameter(alpha, first, second):
-    layer = nn.ELU(alpha)
-    found = described(layer)
-    if abs(first - second) > 1e-30 * (abs(first) + 1):
-        assert found.low <= quotient(layer, first, second) <= found.high
+    assert found.parameter == parameter
 
 
 CALLS = [

@@ -1,12 +1,12 @@
 import io
 import math
-import sys
 
 import pytest
 import tiny
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from studies import user_module
 from torch import nn
 
 from speccert.attacks import available_attacks
@@ -66,11 +66,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def models(tmp_path, monkeypatch):
     """A module of the user's, `stage_models`, in the current folder."""
-    (tmp_path / "stage_models.py").write_text(MODELS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "stage_models", raising=False)
-    return tmp_path
+    return user_module(tmp_path, monkeypatch, "stage_models", MODELS)
 
 
 def weights(scale=1.0):
