@@ -15,7 +15,7 @@ import click
 
 from . import __version__
 from .experiments.config import CellConfig, ConfigError
-from .experiments.flags import HELP, default_text, parse_settings
+from .experiments.flags import HELP, SWITCHES, default_text, parse_settings
 from .experiments.spec import PLURALS, RunSpec
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ def _console() -> Console:
 def _settings(command: Command) -> Command:
     """One flag for each field of `CellConfig`, and one for presets; axes may be named in the plural too."""
     for key in reversed(HELP):
-        names = [f"--{key.replace('_', '-')}", *([f"--{PLURALS[key]}"] if key in PLURALS else [])]
+        name = key.replace("_", "-")
+        names = [f"--{name}", *([f"--{PLURALS[key]}"] if key in PLURALS else [])]
+        if key in SWITCHES:
+            names = [f"--{name}/--no-{name}"]
         command = click.option(*names, key, default=None, help=f"{HELP[key]} [{default_text(key)}]")(command)
     return command
 
@@ -84,7 +87,7 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def _spec(path: Path | None, flags: dict[str, str | None]) -> RunSpec:
+def _spec(path: Path | None, flags: dict[str, str | bool | None]) -> RunSpec:
     """The grid of a spec file, or of the data set's defaults, with the given flags on top."""
     settings = parse_settings(flags)
     if path is None:
@@ -170,7 +173,7 @@ def run(
     certificate: str | None,
     device: str | None,
     data_root: Path | None,
-    **flags: str | None,
+    **flags: str | bool | None,
 ) -> None:
     """Train, bound, certify and attack every threshold; print the robustness table.
 
@@ -226,7 +229,7 @@ def run(
 @click.option("-o", "--output", type=_OUTPUT, default=Path("runs"), show_default=True, help="folder of run folders")
 @_settings
 @_machine
-def train(output: Path, device: str | None, data_root: Path | None, **flags: str | None) -> None:
+def train(output: Path, device: str | None, data_root: Path | None, **flags: str | bool | None) -> None:
     """Train one model and keep its checkpoint, without bounds or attacks.
 
     \b
@@ -340,7 +343,15 @@ def verify(
 @click.option("--norm", default=None, help="l2, linf or l1 [that of the run]")
 @click.option("--eps", default=None, help=HELP["eps"] + " [those of the run]")
 @click.option("--samples", default=None, help="how many test samples to attack [as many as the run]")
-@click.option("--seed", default=None, help="seed of the attacks and of the choice of samples [that of the run]")
+@click.option("--seed", default=None, help="seed of the attacks [that of the run]")
+@click.option("--schedule", default=None, help=HELP["attack_schedule"] + " [that of the run]")
+@click.option("--audit/--no-audit", default=None, help=HELP["audit"] + " [as the run]")
+@click.option("--integer-pixels/--no-integer-pixels", default=None, help=HELP["integer_pixels"] + " [as the run]")
+@click.option("--max-gradients", default=None, help=HELP["max_gradients"] + " [as many as the run]")
+@click.option("--max-seconds", default=None, help=HELP["max_seconds"] + " [as long as the run]")
+@click.option("--batch-size", type=click.IntRange(min=1), default=None, help="samples attacked at once [what fits]")
+@click.option("--output", type=_OUTPUT, default=None, help="new folder for rows, attempts, adversarial examples, "
+              "pictures and a summary")  # fmt: skip
 @_machine
 def attack(
     model: str,
@@ -348,22 +359,27 @@ def attack(
     dataset: str | None,
     device: str | None,
     data_root: Path | None,
-    attacks: str | None,
-    norm: str | None,
-    eps: str | None,
     samples: str | None,
-    seed: str | None,
+    schedule: str | None,
+    batch_size: int | None,
+    output: Path | None,
+    **flags: str | bool | None,
 ) -> None:
     """Attack MODEL (a run folder, or module:function) and hold the result against its certificate.
 
+    Any classifier will do: one that has no certificate is attacked all the same. "unset" lifts a limit of the run.
+
     \b
     certify attack runs/3f2a9c0d1e4b --attacks pgd,ddn --eps 0.1,0.5 --samples 200
+    certify attack runs/3f2a9c0d1e4b --attacks autoattack,fmn --audit --output found
+    certify attack mynet:build --checkpoint weights.safetensors --dataset mnist --norm linf --eps 0.1
     """
-    settings = parse_settings({"attacks": attacks, "norm": norm, "eps": eps, "attack_samples": samples, "seed": seed})
-    from .experiments.stages import attack_one, open_model
+    settings = parse_settings({**flags, "attack_samples": samples, "attack_schedule": schedule})
+    from .experiments.attack_stage import attack_one
+    from .experiments.stages import open_model
 
     opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device or "cpu")
-    attack_one(opened, settings, console=_console())
+    attack_one(opened, settings, console=_console(), output=output, batch_size=batch_size)
 
 
 @main.command()

@@ -1,30 +1,30 @@
-"""AutoAttack: four complementary attacks, each on the samples that withstood those before it."""
+"""AutoAttack: complementary attacks in a cascade, each on the samples that withstood those before it."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, plain, precise, relative
+from .apgd import APGDCE, APGDDLR, APGDT
 from .base import Attack
 from .checks import whole
+from .fab import FAB
 from .keepers import Strongest
+from .square import Square
 from .task import Task
 
 
 @dataclass(frozen=True, kw_only=True)
 class AutoAttack(Attack):
-    """The standard ensemble: APGD on the cross-entropy, targeted APGD on the DLR loss, targeted FAB, and Square.
+    """The ensemble in its paper's settings.
 
-    Members run through torchattacks' classes with the paper's settings, which torchattacks' own ensemble does not use
-    (it makes 10 steps and takes its seeds from the clock).
+    "standard": apgd-ce, apgd-t, fab (targeted) and square, in this order. "plus": apgd-ce, apgd-dlr and fab
+    (untargeted) with 5 restarts each, square, apgd-t and fab (targeted).
 
     Attributes:
+        version: "standard" or "plus".
         steps: steps of each APGD and FAB run, >= 1.
-        targets: the strongest wrong classes that APGD and FAB go for, each in its own run; at most K - 1 are.
+        targets: the strongest wrong classes that apgd-t and fab go for, each in its own run; at most K - 1 are.
         queries: queries of Square, >= 1.
 
     Reference: Croce and Hein, Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
@@ -34,74 +34,56 @@ class AutoAttack(Attack):
     name = "autoattack"
     norms = ("l2", "linf")
 
+    version: str = "standard"
     steps: int = 100
     targets: int = 9
     queries: int = 5000
 
     def __post_init__(self) -> None:
+        if self.version not in ("standard", "plus"):
+            raise ValueError(f"version must be one of standard, plus, got {self.version!r}")
         whole("steps", self.steps)
         whole("targets", self.targets)
         whole("queries", self.queries)
 
+    def members(self) -> tuple[Attack, ...]:
+        """Return the attacks of the cascade, first to last."""
+        targeted = APGDT(steps=self.steps, targets=self.targets)
+        fab_targeted = FAB(steps=self.steps, targets=self.targets)
+        square = Square(queries=self.queries)
+        if self.version == "standard":
+            return APGDCE(steps=self.steps), targeted, fab_targeted, square
+        return (
+            APGDCE(steps=self.steps, restarts=5),
+            APGDDLR(steps=self.steps, restarts=5),
+            FAB(steps=self.steps, restarts=5, targets=None),
+            square,
+            targeted,
+            fab_targeted,
+        )
+
+    def cost(self, classes: int) -> float:
+        """Return the work of all members."""
+        return sum(member.cost(classes) for member in self.members())
+
+    def hardened(self) -> "AutoAttack":
+        """Return the version "plus"."""
+        return replace(self, version="plus")
+
     def _notes(self, classes: int) -> tuple[str, ...]:
-        if classes >= 4:
-            return ()
-        loss = "the logit difference" if classes == 2 else "(f_t - f_y) / (f_(1) - f_(3))"
-        return (f"autoattack: the targeted DLR loss needs 4 classes; with {classes}, apgd-t used {loss}",)
+        return tuple(f"autoattack: {note}" for member in self.members() for note in member._notes(classes))
 
     def _run(self, task: Task) -> Tensor:
         best = Strongest(task)
         standing = torch.arange(len(task.x), device=task.x.device)
-        for member in self._members(task):
+        for member in self.members():
             part = task[standing]
+            point = member._run(part)
             with torch.no_grad():
-                point = part.admit(member(part))
+                point = part.admit(point)
                 logits = task.victim.logits(point)
             best.offer_rows(standing, point, logits)
             standing = standing[part.margin(logits) < 0]
             if len(standing) == 0:
                 break
         return best.point
-
-    def _members(self, task: Task) -> Iterator[Callable[[Task], Tensor]]:
-        with torch.no_grad():
-            classes = task.victim.logits(task.x[:1]).shape[1]
-        ranks = range(1, min(self.targets, classes - 1) + 1)
-        yield self._apgd_ce
-        for rank in ranks:
-            yield partial(self._apgd_targeted, rank=rank)
-        for rank in ranks:
-            yield partial(self._fab, rank=rank)
-        yield self._square
-
-    def _apgd_ce(self, task: Task) -> Tensor:
-        from torchattacks import APGD
-
-        adapter = Adapter(task, precise)
-        return adapter.attack(APGD(adapter, loss="ce", steps=self.steps, **_common(task)), task)
-
-    def _apgd_targeted(self, task: Task, rank: int) -> Tensor:
-        from .targeted_apgd import TargetedAPGD
-
-        adapter = Adapter(task, precise)
-        return adapter.attack(TargetedAPGD(adapter, rank=rank, steps=self.steps, **_common(task, rank)), task)
-
-    def _fab(self, task: Task, rank: int) -> Tensor:
-        from torchattacks import FAB
-
-        adapter = Adapter(task, relative)
-        member = FAB(adapter, steps=self.steps, multi_targeted=True, **_common(task))
-        # torchattacks counts target classes from 2 (the second largest logit) up to n_target_classes + 1.
-        member.target_class = rank + 1
-        return adapter.attack(lambda x, y: member.attack_single_run_targeted(x, y), task)
-
-    def _square(self, task: Task) -> Tensor:
-        from torchattacks import Square
-
-        adapter = Adapter(task, plain, square=True)
-        return adapter.attack(Square(adapter, n_queries=self.queries, **_common(task)), task)
-
-
-def _common(task: Task, offset: int = 0) -> dict[str, Any]:
-    norm = {"l2": "L2", "linf": "Linf"}[task.norm.name]
-    return {"norm": norm, "eps": task.eps, "seed": task.seed + offset, "n_restarts": 1, "verbose": False}

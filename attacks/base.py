@@ -7,12 +7,13 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
-from .checks import known_norm, valid_eps, valid_labels, valid_samples, valid_seed, whole
-from .finish import confirm, shorten
+from . import finish, pixels
+from .batching import automatic_size, device_of, in_batches
+from .checks import known_norm, valid_certified, valid_eps, valid_labels, valid_samples, valid_seed, whole
 from .norms import Norm, per_sample
-from .results import AttackResult, joined
+from .results import AttackResult, joined, moved
 from .task import Task, margin
-from .victim import Victim, undisturbed
+from .victim import Victim, derived_seed, seed_all, undisturbed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Attack(ABC):
     - must set `minimum_norm = True` if its core ignores `task.eps` and looks for the smallest perturbation;
     - may add fields, which become the attack's options, and check them in `__post_init__`;
     - may write `_notes`, to say where it departs from its standard form for a number of classes;
+    - may write `cost`, by which schedules sort, and `hardened`, its form with more effort;
     - should keep the best point it meets (`keepers`), drop samples that are done, and draw random numbers from
       torch's global generator, which is seeded for it; it should not touch the model but through `task.victim`.
 
@@ -52,6 +54,17 @@ class Attack(ABC):
         """Return what differs from the attack's standard form on a model with that many classes."""
         return ()
 
+    def cost(self, classes: int) -> float:
+        """Return roughly the work for a sample of a model with that many classes, in gradient evaluations.
+
+        A gradient is a forward and a backward pass; either one counts 1/2. A schedule runs cheap attacks first.
+        """
+        return 100.0
+
+    def hardened(self) -> "Attack":
+        """Return the same attack with more effort, for audits; itself where it has none to add."""
+        return self
+
     @final
     def __call__(
         self,
@@ -63,22 +76,47 @@ class Attack(ABC):
         eps: float | None = None,
         seed: int = 0,
         batch_size: int | None = None,
+        certified: Tensor | None = None,  # (B,)
+        integer_pixels: bool = False,
     ) -> AttackResult:
-        """Attack the samples; `speccert.attacks.attack` describes the arguments and errors."""
+        """Attack the samples; `speccert.attacks.attack` describes the other arguments and the errors.
+
+        `certified` are radii >= 0 within which there is said to be no adversarial point. They tell where to look
+        first; a point found within is reported like any other. With `integer_pixels`, all points have entries k / 255
+        only, and x must too. Model and samples may lie on different devices: each batch is moved to the model's, and
+        results come back on x's.
+
+        A batch that memory does not hold is halved and attacked again. Each batch is seeded by `seed` and the place
+        of its first sample, so that it does not depend on the batches before it; within a batch, samples share one
+        stream of random numbers. Attacks without random numbers give the same for every batch size but for rounding;
+        the others give other draws.
+        """
         chosen = known_norm(norm, self.norms)
         radius = valid_eps(eps)
         if radius is None and not self.minimum_norm:
             raise ValueError(f"eps must be given for the attack {self.name!r}: a finite number >= 0, got None")
         x, y = valid_samples(model, x, y)
+        hint = valid_certified(certified, x)
+        if integer_pixels:
+            pixels.valid_grid(x)
         if batch_size is not None:
             whole("batch_size", batch_size)
-        with undisturbed(model, valid_seed(seed)):
-            size = batch_size or len(x)
-            batches = zip(torch.split(x.clone(), size), torch.split(y.clone(), size), strict=True)
-            return joined([self._batch(model, part, labels, chosen, radius, seed) for part, labels in batches])
+        device, call = device_of(model, x), _Call(chosen, radius, integer_pixels)
 
-    def _batch(self, model: nn.Module, x: Tensor, y: Tensor, norm: Norm, eps: float | None, seed: int) -> AttackResult:
-        victim = Victim(model)
+        def batch(start: int, stop: int) -> AttackResult:
+            own = derived_seed(seed, start) if start else seed
+            seed_all(own)
+            part, labels, radii = (values[start:stop].to(device, copy=True) for values in (x, y, hint))
+            return moved(self._batch(model, part, labels, radii, call, own), x.device)
+
+        with undisturbed(model, valid_seed(seed)):
+            size = batch_size or automatic_size(model, x)
+            return joined(list(in_batches(batch, len(x), size)))
+
+    def _batch(
+        self, model: nn.Module, x: Tensor, y: Tensor, certified: Tensor, call: "_Call", seed: int
+    ) -> AttackResult:
+        victim, eps = Victim(model), call.eps
         with torch.no_grad():
             logits = victim.logits(x).clone()
         valid_labels(y, logits.shape[1])
@@ -87,9 +125,9 @@ class Attack(ABC):
         distance = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         distance[correct] = torch.inf
         if eps != 0 and bool(correct.any()):
-            task = Task(victim, x[correct], y[correct], norm, self._radius(eps), seed)
+            task = Task(victim, x[correct], y[correct], call.norm, self._radius(eps), seed, certified[correct])
             x_adv[correct], logits[correct], closest[correct], distance[correct] = self._attack(
-                task, logits[correct], eps
+                task, logits[correct], call
             )
         return AttackResult(
             x_adv=x_adv,
@@ -97,7 +135,7 @@ class Attack(ABC):
             distance=distance,
             closest=closest,
             logits=logits,
-            norm=norm.name,
+            norm=call.norm.name,
             eps=eps,
             attack=repr(self),
             forwards=victim.forwards,
@@ -108,19 +146,29 @@ class Attack(ABC):
     def _radius(self, eps: float | None) -> float:
         return torch.inf if eps is None or self.minimum_norm else eps
 
-    def _attack(self, task: Task, clean: Tensor, eps: float | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _attack(self, task: Task, clean: Tensor, call: "_Call") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return x_adv, its logits, closest and distance for samples classified correctly with logits `clean`."""
         candidate = self._run(task).detach()
+        ending = pixels if call.integer_pixels else finish
         with torch.no_grad():
-            x_adv, logits = confirm(task, candidate)
+            x_adv, logits = ending.confirm(task, candidate)
             found = task.margin(logits) >= 0
             closest = torch.where(per_sample(found, x_adv), x_adv, task.x)
             closest_logits = logits.clone()
             if (self.refine or self.minimum_norm) and bool(found.any()):
-                closest[found], closest_logits[found] = shorten(task[found], x_adv[found], logits[found])
+                closest[found], closest_logits[found] = ending.shorten(task[found], x_adv[found], logits[found])
             distance = torch.where(found, task.distance(closest), torch.inf)
             if self.minimum_norm:
-                kept = found & (distance <= (torch.inf if eps is None else eps))
+                kept = found & (distance <= (torch.inf if call.eps is None else call.eps))
                 x_adv, logits = task.x.clone(), clean.clone()
                 x_adv[kept], logits[kept] = closest[kept], closest_logits[kept]
         return x_adv, logits, closest, distance
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the user asked for, for all samples."""
+
+    norm: Norm
+    eps: float | None
+    integer_pixels: bool

@@ -63,3 +63,16 @@ def valid_labels(y: Tensor, classes: int) -> None:
     """ValueError unless every label lies in [0, classes)."""
     if bool(((y < 0) | (y >= classes)).any()):
         raise ValueError(f"y must lie in [0, {classes - 1}], got values from {int(y.min())} to {int(y.max())}")
+
+
+def valid_certified(certified: Tensor | None, x: Tensor) -> Tensor:
+    """Return the radii as float64 on x's device, zeros for None; ValueError unless they are (B,) numbers >= 0."""
+    if certified is None:
+        return torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    if not isinstance(certified, Tensor) or certified.shape != x.shape[:1]:
+        got = f"shape {tuple(certified.shape)}" if isinstance(certified, Tensor) else type(certified).__name__
+        raise ValueError(f"certified must be a tensor of radii of shape ({len(x)},), got {got}")
+    radii = certified.detach().to(x.device, torch.float64)
+    if not bool((radii >= 0).all()):
+        raise ValueError(f"certified must hold radii >= 0, got {radii[~(radii >= 0)][0].item():g}")
+    return radii

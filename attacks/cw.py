@@ -1,7 +1,7 @@
 """Carlini and Wagner's l2 attack, on logit differences, with a binary search of its constant."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,7 +9,9 @@ from torch import Tensor
 from .base import Attack
 from .checks import positive, whole
 from .keepers import Closest
+from .polish import ROUNDS, offer_first, polish
 from .slopes import FirstOrder
+from .starts import start_radius
 from .task import Task
 
 
@@ -18,9 +20,9 @@ class CarliniWagner(Attack):
     """Minimise ||z - x||_2^2 + c max(-L(z), 0) over the box by projected Adam, for the smallest c that succeeds.
 
     L is the logit difference in units of distance, >= 0 beyond the boundary; differences make the attack blind to
-    a shift of the logits. c starts at three times the first-order distance to the boundary (an affine model needs
-    two), grows tenfold while nothing is found and is bisected after that. The box is held by projection: with the
-    paper's tanh, pixels at 0 or 1, most of a handwritten digit, have next to no gradient.
+    a shift of the logits. c starts at three times the first-order distance to the boundary or the certified radius, the
+    larger one (an affine model needs two), grows tenfold while nothing is found and is bisected after that. The box is
+    held by projection: with the paper's tanh, pixels at 0 or 1, most of a handwritten digit, have next to no gradient.
 
     Attributes:
         steps: steps of Adam for each c, >= 1.
@@ -46,15 +48,25 @@ class CarliniWagner(Attack):
         positive("lr", self.lr)
         whole("classes", self.classes)
 
+    def cost(self, classes: int) -> float:
+        """Return the gradients of all steps and of the slopes at x, and what the last refinement takes."""
+        return self.searches * self.steps + min(self.classes, classes - 1) + 4.0 * ROUNDS
+
+    def hardened(self) -> "CarliniWagner":
+        """Return at least nine searches of at least 200 steps."""
+        return replace(self, steps=max(self.steps, 200), searches=max(self.searches, 9))
+
     def _run(self, task: Task) -> Tensor:
         objective = FirstOrder.of(task, self.classes)
         closest = Closest(task)
-        c = 3 * (-objective.start).clamp_min(1e-4)
+        offer_first(task, closest, objective.move)
+        c = 3 * start_radius(task, objective).to(task.x.dtype)
         low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
         for _ in range(self.searches):
             found = self._minimise(task, objective, closest, c)
             low, high = torch.where(found, low, c), torch.where(found, c, high)
             c = torch.where(high.isfinite(), (low + high) / 2, 10 * c)
+        polish(task, closest)
         return closest.point
 
     def _minimise(self, task: Task, objective: FirstOrder, closest: Closest, c: Tensor) -> Tensor:

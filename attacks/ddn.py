@@ -1,7 +1,8 @@
 """DDN: gradient steps on a sphere whose radius shrinks while inside the other class and grows while outside."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,9 @@ from .base import Attack
 from .checks import positive, whole
 from .keepers import Closest
 from .norms import per_sample
-from .slopes import FirstOrder, inward
+from .polish import ROUNDS, offer_first, polish
+from .slopes import FirstOrder, awake, cooled, inward
+from .starts import begin, on_sphere
 from .task import Task
 
 
@@ -19,14 +22,17 @@ class DDN(Attack):
     """Decoupled direction and norm, an l2 minimum-norm attack.
 
     delta <- delta + a_k g / ||g||_2, then delta <- r_k delta / ||delta||_2, then clip to the box, with
-    r_k = (1 - gamma) r_{k-1} where the last point was adversarial and (1 + gamma) r_{k-1} where not. The step a_k
-    falls from the radius of the start to 1 % of it along a cosine. The paper starts every sample at r_0 = 1 with
-    a_0 = 1 and takes g from the cross-entropy; here r_0 = a_0 is the first-order distance to the boundary and g
-    the gradient of the loss in units of distance, so that neither the units of x nor the scale of the logits matter.
+    r_k = (1 - gamma_k) r_{k-1} where the last point was adversarial and (1 + gamma_k) r_{k-1} where not. The paper
+    starts every sample at r_0 = 1, lets a_k fall from 1 to 0.01, keeps gamma and takes g from the cross-entropy. Here
+    r_0 is the first-order distance to the boundary, or the certified radius where that is larger; a_k falls from r_k to
+    1 % of it and gamma_k to 5 % of gamma, both along a cosine; and g is the gradient of the loss in units of distance,
+    soft in the first half of the steps. So neither the units of x nor the scale of the logits matter. Where the
+    gradient is 0, g is random.
 
     Attributes:
-        steps: steps, >= 1.
-        gamma: relative change of the radius, in (0, 1).
+        steps: steps of each run, >= 1.
+        gamma: first relative change of the radius, in (0, 1).
+        restarts: runs, >= 1; those after the first begin elsewhere, at the smallest distance found.
         classes: the strongest other classes that are considered, >= 1.
 
     Reference: Rony et al., Decoupling Direction and Norm for Efficient Gradient-Based L2 Adversarial Attacks and
@@ -39,34 +45,43 @@ class DDN(Attack):
 
     steps: int = 100
     gamma: float = 0.05
+    restarts: int = 1
     classes: int = 10
 
     def __post_init__(self) -> None:
         whole("steps", self.steps)
         positive("gamma", self.gamma, below=1)
+        whole("restarts", self.restarts)
         whole("classes", self.classes)
+
+    def cost(self, classes: int) -> float:
+        """Return the gradients of all steps and of the slopes at x, and what the last refinement takes."""
+        return self.restarts * (self.steps + 4.0 * ROUNDS) + min(self.classes, classes - 1)
+
+    def hardened(self) -> "DDN":
+        """Return three runs of at least 200 steps."""
+        return replace(self, steps=max(self.steps, 200), restarts=max(self.restarts, 3))
 
     def _run(self, task: Task) -> Tensor:
         objective = FirstOrder.of(task, self.classes)
         closest = Closest(task)
-        start = start_radius(task, objective)
-        radius, delta = start, torch.zeros_like(task.x)
-        for step in range(self.steps):
-            z = task.x + delta
-            logits, gradient = task.victim.gradient(z, objective.loss)
-            adversarial = closest.offer(z, logits)
-            gradient = inward(z, gradient)
-            radius = radius * torch.where(adversarial, 1 - self.gamma, 1 + self.gamma)
-            size = start * (0.01 + 0.99 * (1 + math.cos(math.pi * step / self.steps)) / 2)
-            delta = delta + per_sample(size, delta).to(delta.dtype) * task.norm.steepest(gradient)
-            delta = per_sample(radius, delta).to(delta.dtype) * task.norm.steepest(delta)
-            delta = (task.x + delta).clamp(0.0, 1.0) - task.x
-        with torch.no_grad():
-            closest.offer(task.x + delta, task.victim.logits(task.x + delta))
+        offer_first(task, closest, objective.move)
+        for number in range(self.restarts):
+            self._descend(task, objective, closest, *begin(task, objective, closest, number))
         return closest.point
 
-
-def start_radius(task: Task, objective: FirstOrder) -> Tensor:  # returns (B,) float64
-    """Return the first-order distance to the boundary, held within [1e-4, the size of the box]."""
-    widest = task.norm.size(torch.ones_like(task.x))
-    return torch.minimum((-objective.start).double().clamp_min(1e-4), widest)
+    def _descend(self, task: Task, objective: FirstOrder, closest: Closest, radius: Tensor, delta: Tensor) -> None:
+        for step in range(self.steps):
+            cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
+            gamma, share = self.gamma * (0.05 + 0.95 * cosine), 0.01 + 0.99 * cosine
+            z = task.x + delta
+            loss = partial(objective.loss, heat=cooled(step, self.steps))
+            logits, gradient = task.victim.gradient(z, loss)
+            adversarial = closest.offer(z, logits)
+            radius = radius * torch.where(adversarial, 1 - gamma, 1 + gamma)
+            direction = task.norm.steepest(awake(inward(z, gradient)))
+            move = per_sample(share * radius, delta).to(delta.dtype) * direction
+            delta = on_sphere(task, delta + move, radius)
+        with torch.no_grad():
+            closest.offer(task.x + delta, task.victim.logits(task.x + delta))
+        polish(task, closest)

@@ -1,7 +1,8 @@
 """FMN: gradient steps in a ball whose radius is held at the boundary."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,8 +10,10 @@ from torch import Tensor
 from .base import Attack
 from .checks import positive, whole
 from .keepers import Closest
-from .norms import per_sample
-from .slopes import FirstOrder, inward
+from .norms import NORMS, per_sample
+from .polish import ROUNDS, offer_first, polish
+from .slopes import FirstOrder, awake, cooled, inward
+from .starts import begin
 from .task import Task
 
 
@@ -18,16 +21,19 @@ from .task import Task
 class FMN(Attack):
     """Fast minimum-norm attack in l2, l-infinity and l1.
 
-    With the loss L (>= 0 beyond the boundary) and its gradient g at x + delta, the radius becomes (1 + gamma_k) times
-    ||delta|| + |L| / ||g||_q until a first adversarial point is found, then (1 + gamma_k) times the last one where the
-    point is not adversarial, and min((1 - gamma_k) times the last one, the smallest size found) where it is. Then
-    delta <- clip(project(delta + a_k g / ||g||_2, radius)). gamma_k and a_k fall along a cosine. L is the logit
-    difference in units of distance. The paper's first radius lacks the factor, and may stop short of the boundary.
+    With g the gradient of the loss at x + delta, the radius becomes (1 + gamma_k) times the last one where the point is
+    not adversarial, and min((1 - gamma_k) times the last one, the smallest size found) where it is. Then
+    delta <- clip(project(delta + a_k r_k ||d||_2 g / ||g||_2, radius)), d the steepest direction of size 1, which is
+    sqrt(n) long in l-infinity and else 1. gamma_k and a_k fall along a cosine. The loss is the logit difference in
+    units of distance, soft in the first half of the steps. In the paper the a_k are lengths in units of x, and the
+    radius is the first-order distance until a point is found, which may stop short of the boundary; here the first
+    radius is as in DDN. Where the gradient is 0, g is random.
 
     Attributes:
-        steps: steps, >= 1.
-        alpha: the first step's length in units of x, > 0; the last one's is 1 % of it.
+        steps: steps of each run, >= 1.
+        alpha: a_0 > 0; the last a_k is 1 % of it.
         gamma: first relative change of the radius, in (0, 1); the last one is 2 % of it.
+        restarts: runs, >= 1; those after the first begin elsewhere, at the smallest distance found.
         classes: the strongest other classes that are considered, >= 1.
 
     Reference: Pintor et al., Fast Minimum-norm Adversarial Attacks through Adaptive Norm Constraints, NeurIPS 2021.
@@ -40,34 +46,47 @@ class FMN(Attack):
     steps: int = 100
     alpha: float = 1.0
     gamma: float = 0.05
+    restarts: int = 1
     classes: int = 10
 
     def __post_init__(self) -> None:
         whole("steps", self.steps)
         positive("alpha", self.alpha)
         positive("gamma", self.gamma, below=1)
+        whole("restarts", self.restarts)
         whole("classes", self.classes)
+
+    def cost(self, classes: int) -> float:
+        """Return the gradients of all steps and of the slopes at x, and what the last refinement takes."""
+        return self.restarts * (self.steps + 4.0 * ROUNDS) + min(self.classes, classes - 1)
+
+    def hardened(self) -> "FMN":
+        """Return three runs of at least 200 steps."""
+        return replace(self, steps=max(self.steps, 200), restarts=max(self.restarts, 3))
 
     def _run(self, task: Task) -> Tensor:
         objective = FirstOrder.of(task, self.classes)
         closest = Closest(task)
-        delta = torch.zeros_like(task.x)
-        radius = torch.full((len(delta),), torch.inf, dtype=torch.float64, device=delta.device)
+        offer_first(task, closest, objective.move)
+        for number in range(self.restarts):
+            self._descend(task, objective, closest, *begin(task, objective, closest, number))
+        return closest.point
+
+    def _descend(self, task: Task, objective: FirstOrder, closest: Closest, radius: Tensor, delta: Tensor) -> None:
         for step in range(self.steps):
             cosine = (1 + math.cos(math.pi * step / self.steps)) / 2
             gamma, alpha = (self.gamma * (0.02 + 0.98 * cosine), self.alpha * (0.01 + 0.99 * cosine))
             z = task.x + delta
-            logits, gradient = task.victim.gradient(z, objective.loss)
+            loss = partial(objective.loss, heat=cooled(step, self.steps))
+            logits, gradient = task.victim.gradient(z, loss)
             adversarial = closest.offer(z, logits)
-            gradient = inward(z, gradient)
             smaller = torch.minimum(radius * (1 - gamma), closest.distance)
-            reach = task.norm.size(delta) + objective.loss(logits).abs().double() / task.norm.dual(gradient)
-            larger = (1 + gamma) * torch.where(closest.distance.isfinite(), radius, reach)
-            radius = torch.where(adversarial, smaller, larger)
-            length = gradient.flatten(1).norm(dim=1)
-            scale = torch.where(length > 0, alpha / length, 0.0)
-            delta = task.norm.project(delta + per_sample(scale, delta) * gradient, radius)
+            radius = torch.where(adversarial, smaller, radius * (1 + gamma))
+            gradient = awake(inward(z, gradient))
+            length = alpha * radius * NORMS["l2"].size(task.norm.steepest(gradient))
+            move = per_sample(length, delta).to(delta.dtype) * NORMS["l2"].steepest(gradient)
+            delta = task.norm.project(delta + move, radius)
             delta = (task.x + delta).clamp(0.0, 1.0) - task.x
         with torch.no_grad():
             closest.offer(task.x + delta, task.victim.logits(task.x + delta))
-        return closest.point
+        polish(task, closest)

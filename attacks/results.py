@@ -1,7 +1,7 @@
 """What an attack found, sample by sample, and how to merge what several attacks found."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +43,12 @@ class AttackResult:
     def accuracy(self) -> float:
         """The fraction of the samples that withstood the attack, in [0, 1]."""
         return 1.0 - self.success.double().mean().item()
+
+
+def moved(result: AttackResult, device: torch.device) -> AttackResult:
+    """Return the result with its tensors on `device`."""
+    names = ("x_adv", "success", "distance", "closest", "logits")
+    return replace(result, **{name: getattr(result, name).to(device) for name in names})
 
 
 def joined(parts: Sequence[AttackResult]) -> AttackResult:

@@ -1,6 +1,6 @@
 """Rounding search: adversarial points that exist only because the model is executed in floating point."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from .checks import whole
 from .finish import shorten
 from .keepers import Closest
 from .norms import per_sample
-from .slopes import class_gradients
+from .slopes import class_gradients, nearest_move
 from .task import Task
 
 # A point on the linearised boundary is adversarial or not by rounding alone: how far beyond it the search may begin,
@@ -26,16 +26,18 @@ class RoundingSearch(Attack):
     """Walk to the decision boundary along the shortest way, then search the floats around it for nearer points.
 
     With g_j the gradient of f_j - f_y at z, z becomes the point nearest to x on the boundary of the model linearised
-    at z: x + l_j d_j, l_j = (<g_j, z - x> - (f_j - f_y)(z)) / ||g_j||_q, d_j the steepest direction, for the class j
-    with the least l_j >= 0. For an affine model that is the exact minimal perturbation. From the nearest adversarial
-    point on, the executed model alone counts: a round proposes, in turn,
+    at z, within the box: x + l_j d_j, l_j = (<g_j, z - x> - (f_j - f_y)(z)) / ||g_j||_q, d_j the steepest direction,
+    where the box does not cut in, for the class j with the least l_j >= 0. For an affine model that is the exact
+    minimal perturbation. From the nearest adversarial point on, the executed model alone counts: a round proposes, in
+    turn,
 
     - a point nearer by a step s: entries shifted by some units in the last place, projected onto that ball, each
       rounded up or down at random; s doubles where the point is adversarial and shrinks where not;
     - the nearest point so far with random entries moved by one float towards x.
 
-    Rounding makes the executed boundary rough; the search finds the inward tips of it, which lie within a radius
-    computed as if arithmetic were exact.
+    Where the point on the linearised boundary is not adversarial, farther ones on its ray are tried: just beyond it,
+    or, where it lies within the certified radius, just beyond that. Rounding makes the executed boundary rough; the
+    search finds the inward tips of it, which lie within a radius computed as if arithmetic were exact.
 
     Attributes:
         descents: linearisations, >= 1.
@@ -58,6 +60,14 @@ class RoundingSearch(Attack):
         whole("descents", self.descents)
         whole("rounds", self.rounds)
         whole("classes", self.classes)
+
+    def cost(self, classes: int) -> float:
+        """Return the gradients of all linearisations and the forwards of all rounds."""
+        return self.descents * (min(self.classes, classes - 1) + 2.0) + self.rounds / 2
+
+    def hardened(self) -> "RoundingSearch":
+        """Return at least 40 linearisations and 1000 rounds."""
+        return replace(self, descents=max(self.descents, 40), rounds=max(self.rounds, 1000))
 
     def _run(self, task: Task) -> Tensor:
         closest = Closest(task)
@@ -83,19 +93,19 @@ class RoundingSearch(Attack):
         _, _, values, gradients = class_gradients(task, z, self.classes)
         covered = (gradients.double() * (z.double() - task.x.double()).unsqueeze(1)).flatten(2).sum(2)
         gaps = (covered - values.double()).clamp_min(0.0)
-        slopes = task.norm.dual(gradients.flatten(0, 1)).reshape(values.shape)
-        nearest = torch.where(slopes > 0, gaps / slopes, torch.inf).argmin(1)
-        rows = torch.arange(len(z), device=z.device)
-        return _shortest(task, gradients[rows, nearest].double(), gaps[rows, nearest])
+        return nearest_move(task, gradients, gaps)
 
     def _cross(self, task: Task, z: Tensor, closest: Closest) -> None:
         """Offer `z` and, where it is not adversarial, points farther out on the ray from x through it."""
         standing = ~closest.offer(z, task.victim.logits(z))
+        size = task.distance(z)
+        least = torch.where(size > 0, task.certified / size, 1.0).clamp_min(1.0)
         share = torch.finfo(z.dtype).eps
         while bool(standing.any()) and share < _BEYOND:
             rows = standing.nonzero().squeeze(1)
             part = task[rows]
-            farther = _rounded(part.x.double() + (1 + share) * (z[rows].double() - part.x.double()), z.dtype)
+            stretch = per_sample(least[rows] * (1 + share), z)
+            farther = _rounded(part.x.double() + stretch * (z[rows].double() - part.x.double()), z.dtype)
             standing[rows] = ~closest.offer_rows(rows, farther, task.victim.logits(farther))
             share *= 8
 
@@ -144,31 +154,3 @@ def _stepped_back(point: Tensor, x: Tensor, share: float) -> Tensor:
     """Return `point` with a random share of the entries moved to the next float in the direction of `x`."""
     chosen = torch.rand(point.shape, device=point.device) < share
     return torch.where(chosen, torch.nextafter(point, x), point)
-
-
-def _shortest(task: Task, gradient: Tensor, gap: Tensor) -> Tensor:  # gradient: (B, ...), gap: (B,), both float64
-    """Return the d with the least norm such that <gradient_i, d_i> = gap_i and x + d lies in the box.
-
-    All entries have a speed at which they move and room to the side of the box that they stop at, so <gradient, d> is
-    piecewise linear in time. In l1 they move one after the other, the steepest first.
-    Where the box leaves no such d, it is the best corner.
-    """
-    steep = gradient.flatten(1).abs()
-    room = torch.where(gradient > 0, 1.0 - task.x.double(), task.x.double()).flatten(1)
-    if task.norm.name == "l1":
-        order = steep.argsort(dim=1, descending=True)
-        gains = (steep * room).gather(1, order)
-        missing = (gap.unsqueeze(1) - (gains.cumsum(1) - gains)).clamp_min(0.0)
-        moved = torch.minimum(room.gather(1, order), missing / steep.gather(1, order).clamp_min(1e-300))
-        size = torch.zeros_like(room).scatter(1, order, moved)
-    else:
-        speed = steep if task.norm.name == "l2" else (steep > 0).double()
-        stop, order = torch.where(speed > 0, room / speed, 0.0).sort(dim=1)
-        rate = (speed * steep).gather(1, order)
-        done = (rate * stop).cumsum(1)
-        left = (rate.sum(1, keepdim=True) - rate.cumsum(1)).clamp_min(0.0)
-        piece = torch.searchsorted(done + stop * left, gap.unsqueeze(1)).clamp_max(room.shape[1] - 1)
-        before, moving = done - rate * stop, left + rate
-        time = (gap.unsqueeze(1) - before.gather(1, piece)) / moving.gather(1, piece).clamp_min(1e-300)
-        size = torch.minimum(speed * time, room)
-    return size.reshape(gradient.shape) * gradient.sign()

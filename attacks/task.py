@@ -1,6 +1,6 @@
 """One batch to attack: the samples, the ball, and what every attack needs to know about them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,9 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:  # logits: (B, K), y: (B,); ret
 class Task:
     """Correctly classified samples x (B, ...) with labels y (B,), and the ball {||z - x|| <= eps} in the box [0, 1].
 
-    `eps` is infinite for minimum-norm attacks. `seed` is for libraries that seed themselves.
+    `eps` is infinite for minimum-norm attacks. `seed` is for libraries that seed themselves. `certified` (B,) float64
+    holds radii within which there is said to be no adversarial point, 0 where nothing is said. It is a hint on where
+    to look first: a point that is found nearer counts all the same.
     """
 
     victim: Victim
@@ -29,10 +31,16 @@ class Task:
     norm: Norm
     eps: float
     seed: int
+    certified: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+
+    def __post_init__(self) -> None:
+        if len(self.certified) == 0:
+            zeros = torch.zeros(len(self.x), dtype=torch.float64, device=self.x.device)
+            object.__setattr__(self, "certified", zeros)
 
     def __getitem__(self, index: Tensor) -> "Task":  # index: (B,) bool or indices
         """Return the task for some of the samples only."""
-        return replace(self, x=self.x[index], y=self.y[index])
+        return replace(self, x=self.x[index], y=self.y[index], certified=self.certified[index])
 
     def distance(self, z: Tensor) -> Tensor:  # z: (B, ...); returns (B,)
         """Return ||z - x|| in float64, of the very tensors."""

@@ -1,5 +1,6 @@
 """The model under attack: checked and counted queries, and a context that leaves everything as it was found."""
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,19 @@ class Victim:
         return logits.detach(), gradient
 
 
+def seed_all(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def derived_seed(seed: int, *parts: object) -> int:
+    """Return a seed in [0, 2^32) that depends on `seed` and the text of `parts`, the same in every process."""
+    text = "\n".join(str(part) for part in (seed, *parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
 @contextmanager
 def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
     """Run the block with `model` in eval mode, its tensors frozen and all generators seeded; then restore it all.
@@ -72,9 +86,7 @@ def undisturbed(model: nn.Module, seed: int) -> Iterator[None]:
         try:
             for tensor in frozen:
                 tensor.requires_grad_(False)
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            torch.manual_seed(seed)
+            seed_all(seed)
             # The weights do not change during an attack: compute each parametrized one once.
             with parametrize.cached():
                 yield

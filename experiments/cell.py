@@ -20,11 +20,12 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .config import CellConfig
 from .contents import content_digest, contents_digest
 from .data import Dataset, load_dataset
-from .evaluation import CertificateViolationError, Evaluation, bounds_json, evaluate
+from .evaluation import CertificateViolationError, Evaluation, evaluate
 from .execution import Execution
 from .fitting import seeded
 from .precision import exact_float32
 from .store import RunFolder, StoreError, write_atomic
+from .summary import attempts_json, bounds_json
 from .timing import step_ratio
 from .tracking import make_tracker
 from .training import TrainResult, build, forget, train
@@ -78,9 +79,19 @@ def _data(
 
 
 def check_cell(config: CellConfig, data: Dataset) -> None:
-    """Raise ValueError where the model can't be built for the data or has no certificate; nothing is written."""
+    """Raise ValueError where the model can't be built for the data or has no certificate; nothing is written.
+
+    Also where adversarial points on whole pixels are asked for, and the data's are not.
+    """
+    _check_pixels(config, data)
     with seeded(config.seed, torch.device("cpu")), torch.no_grad():
         TrainingBound(build(config, data), data.input_shape).pairwise()
+
+
+def _check_pixels(config: CellConfig, data: Dataset) -> None:
+    x = data.test.x
+    if config.integer_pixels and not torch.equal((255 * x.double()).round().div(255).to(x.dtype), x):
+        raise ValueError("integer_pixels: expected test samples whose pixels are k/255 with whole k, got others")
 
 
 def train_cell(
@@ -136,17 +147,20 @@ def run_cell(
     folder = RunFolder.of(execution.output, config)
     content = contents_digest(config)  # before anything is read: what changes meanwhile is then seen to differ
     data = cell_data(config, execution.data_root)
+    _check_pixels(config, data)
     ranks, device = execution.gpus_per_cell, execution.device.split(",")[0]
     with make_tracker(execution.track, config, folder, str(Path(execution.output).resolve())) as tracker:
         trained = train_cell(
             config, data, folder, device=execution.device, ranks=ranks, report=report, on_epoch=tracker.epoch
         )
-        found = _evaluated(trained.model, config, data, folder, report)
+        found = _evaluated(trained, config, data, folder, report)
         report(Progress(folder.id, "step time", 1.0))
         results = found.results | _training_results(trained) | {"step_ratio": step_ratio(config, data, device=device)}
         report(Progress(folder.id, "writing", 1.0))
         folder.write_samples(found.samples)
         write_atomic(folder.bounds_path, bounds_json(found.bounds))
+        write_atomic(folder.attempts_path, attempts_json(found.attempts))
+        save_checkpoint(folder.adversarial_path, found.adversarial)
         save_checkpoint(folder.closest_path, found.closest)
         results |= _machine(device) | {"ranks": ranks, "content": content}
         folder.write_summary(results | {"cell_s": time.perf_counter() - start})
@@ -156,12 +170,20 @@ def run_cell(
     return summary
 
 
-def _evaluated(model: nn.Module, config: CellConfig, data: Dataset, folder: RunFolder, report: Report) -> Evaluation:
+def _evaluated(
+    trained: TrainResult, config: CellConfig, data: Dataset, folder: RunFolder, report: Report
+) -> Evaluation:
     """The evaluation; where it breaks a certificate, the counterexample is saved first."""
     path = folder.path / "counterexample.safetensors"
     path.unlink(missing_ok=True)
     try:
-        return evaluate(model, config, data, report=lambda stage: report(Progress(folder.id, stage, 1.0)))
+        return evaluate(
+            trained.model,
+            config,
+            data,
+            report=lambda stage: report(Progress(folder.id, stage, 1.0)),
+            diagnosed=not trained.diverged,
+        )
     except CertificateViolationError as error:
         if not error.example:
             raise

@@ -35,9 +35,16 @@ CONSTRAINTS = ("cap", "clip", "orthogonal", "orthogonal-bjorck", "orthogonal-pro
 LOSSES = ("cross-entropy", "margin", "offset-ce", "gloro", "emma")
 NORMS = ("l2", "linf", "l1")
 ATTACK_NORMS = {  # as the attacks themselves have it, which torch-free code can't ask
-    "fgsm": ("l2", "linf"),
-    "pgd": ("l2", "linf"),
+    "fgsm": NORMS,
+    "pgd": NORMS,
+    "apgd-ce": ("l2", "linf"),
+    "apgd-dlr": ("l2", "linf"),
+    "apgd-t": ("l2", "linf"),
+    "fab": NORMS,
+    "square": ("l2", "linf"),
     "autoattack": ("l2", "linf"),
+    "eot-pgd": ("linf",),
+    "spsa": ("linf",),
     "deepfool": NORMS,
     "cw": ("l2",),
     "ddn": ("l2",),
@@ -45,6 +52,8 @@ ATTACK_NORMS = {  # as the attacks themselves have it, which torch-free code can
     "rounding-search": NORMS,
 }
 ATTACKS = tuple(ATTACK_NORMS)
+SCHEDULES = ("cascade", "each")
+_USUAL = ("fgsm", "pgd", "fmn")  # attacks in a norm that none of the chosen ones knows
 BOUNDS = ("product", "closed-form", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "local", "auto")
 ARITHMETICS = ("model", "real", "float64", "float32", "float16", "bfloat16")
 
@@ -98,6 +107,11 @@ class CellConfig:
     norm: str = "l2"
     eps: tuple[float, ...] = (0.1, 0.3, 0.5)  # kept sorted
     attacks: tuple[str, ...] = ("fgsm", "pgd", "ddn")
+    attack_schedule: str = "cascade"  # each attack on what the cheaper ones left; "each" on all samples
+    audit: bool = False  # certified samples are attacked too, and harder
+    integer_pixels: bool = False  # only points k/255 count
+    max_gradients: int | None = None  # of the attacks, a mean over the correctly classified samples; None = no limit
+    max_seconds: float | None = None  # of the attacks; None = no limit
     bound: str = "product"
     bound_budget: float = 60.0  # seconds that a bound may take beyond the product, and again local radii; in each norm
     arithmetic: str = "model"  # that the certified network runs in
@@ -132,7 +146,7 @@ class CellConfig:
             raise ConfigError("; ".join(problems))
         if values["threshold"] == "inf":
             values["threshold"] = math.inf
-        return cls(**values)
+        return cls(**{**ADDED, **values})
 
     def to_json(self) -> str:
         """Text that `from_json` turns into an equal config; an infinite threshold is the string "inf"."""
@@ -140,16 +154,21 @@ class CellConfig:
 
 
 def usable_attacks(attacks: Sequence[str], norm: str) -> tuple[str, ...]:
-    """Those of the attacks that know the norm; where none does, all usual ones that do."""
-    fit = tuple(name for name, norms in ATTACK_NORMS.items() if norm in norms)
-    usual = tuple(name for name in fit if name != "rounding-search")  # which looks for flaws of a certificate
-    return tuple(name for name in attacks if name in fit) or usual
+    """Those of the attacks that know the norm; where none does, the usual ones."""
+    return tuple(name for name in attacks if norm in ATTACK_NORMS[name]) or _USUAL
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(CellConfig))
 # Fields of later versions, and what a config without them means; at that value they are neither written nor hashed, so
 # that ids stay what they were.
-ADDED: dict[str, Any] = {"bound_budget": 60.0}
+ADDED: dict[str, Any] = {
+    "bound_budget": 60.0,
+    "attack_schedule": "each",
+    "audit": False,
+    "integer_pixels": False,
+    "max_gradients": None,
+    "max_seconds": None,
+}
 
 
 _encode = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
@@ -212,6 +231,8 @@ def optional(rule: Rule) -> Rule:
 
 _POSITIVE: Rule = (lambda value: _is_real(value, 0.0, strict=True), "a finite number > 0")
 _NOT_NEGATIVE: Rule = (lambda value: _is_real(value, 0.0), "a finite number >= 0")
+_DURATION_RULE: Rule = (lambda value: _is_real(value, 0.0, strict=True), "seconds > 0, such as 90, 90s or 2m")
+_TRUTH: Rule = (lambda value: isinstance(value, bool), "true or false")
 PATH: Rule = (lambda value: isinstance(value, str) and value != "", "a path")
 
 RULES: dict[str, Rule] = {
@@ -246,11 +267,17 @@ RULES: dict[str, Rule] = {
     "norm": choice(*NORMS),
     "eps": (_is_eps, "a list of finite numbers >= 0 that differ in their first six digits"),
     "attacks": different(*ATTACKS),
+    "attack_schedule": choice(*SCHEDULES),
+    "audit": _TRUTH,
+    "integer_pixels": _TRUTH,
+    "max_gradients": optional(at_least(1)),
+    "max_seconds": optional(_DURATION_RULE),
     "bound": choice(*BOUNDS),
-    "bound_budget": (lambda value: _is_real(value, 0.0, strict=True), "seconds > 0, such as 90, 90s or 2m"),
+    "bound_budget": _DURATION_RULE,
     "arithmetic": choice(*ARITHMETICS),
     "checkpoint": optional(PATH),
 }
+DURATIONS = ("bound_budget", "max_seconds")  # settings that may be given as text with a unit
 _REALS = {field.name for field in dataclasses.fields(CellConfig) if field.type in (float, float | None)}
 
 
@@ -259,7 +286,7 @@ def canonical(key: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
         items = tuple(_real(item) if key == "eps" else item for item in value)
         return tuple(sorted(items)) if items and all(isinstance(item, float) for item in items) else items
-    if key == "bound_budget":
+    if key in DURATIONS:
         return _seconds(value)
     return _real(value) if key in _REALS else value
 

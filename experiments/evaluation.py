@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..attacks import attack, is_minimum_norm
-from ..certify import NORMS, Certifier, LipschitzBound, Radii, certified_accuracy, lipschitz
-from ..certify.execution import Executed, executed, logits_of
+from ..attacks import Attempt, Diagnosis
+from ..certify import NORMS, Certifier, LipschitzBound, Radii, lipschitz
+from ..certify.execution import Executed, executed
 from ..certify.graph import floating_like
 from ..certify.lipschitz import by_relaxations
 from ..certify.local import LocalRadii, local_radii
+from .attacking import Attacked, CertificateViolationError, attack_samples, check_witness, diagnosis_of
 from .config import CellConfig
 from .data import Dataset, Split
+from .summary import accuracies, attack_costs, bound_results, product_results
+from .uncertified import uncertified_rows, why_uncertified
 
-__all__ = ["CertificateViolationError", "Evaluation", "bounds_json", "evaluate"]
+__all__ = ["CertificateViolationError", "Evaluation", "evaluate"]
 
-_BATCH = 512
 _JACOBIAN_POINTS = 256
-_CLOSEST = 12  # pictures of adversarial samples that a run keeps
 Report = Callable[[str], None]
-
-
-class CertificateViolationError(RuntimeError):
-    """An adversarial example inside a certified radius: some bound is wrong, and no number of the run can be trusted.
-
-    `example` holds the sample and its index, the adversarial point, the label, the radius and the distance; it is empty
-    where a Jacobian disproved the bound but no attack found such a point.
-    """
-
-    def __init__(self, message: str, example: Mapping[str, Tensor]) -> None:
-        super().__init__(message)
-        self.example = dict(example)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Between processes without the example, which lies in the run folder: tensors need their maker alive."""
-        return type(self), (str(self), {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,29 +36,41 @@ class Evaluation:
     Attributes:
         samples: a row a test sample; `radius_product` beside the radii where the config's bound is not the product.
         results: one flat row.
-        bounds: per norm.
+        bounds: per norm; none where nothing is certified.
         closest: of the correctly classified attacked samples, the up to 12 with the smallest distance found, nearest
             first: `x` and `x_adv` [k, *input_shape] float32, `label`, `prediction` (the strongest other class at x_adv;
             at a tie it is as strong as the label) and `index` [k] int64, `distance` and `radius` [k] float64 in the
             cell's norm. k = 0 where no attack found any point.
+        adversarial: the same of every one of them that has an adversarial point, by ascending index, without `x` and
+            `radius`; `x_adv` in the samples' own type.
+        attempts: what each attack did at each eps.
+        notes: where attacks departed from their standard form, in words.
+        diagnosis: signs that gradients mislead the attacks; None where they were not looked for.
+        no_certificate: why nothing is certified, in one line; None where the model is.
     """
 
     samples: pd.DataFrame
     results: dict[str, Any]
     bounds: dict[str, LipschitzBound]
     closest: dict[str, Tensor]
+    adversarial: dict[str, Tensor]
+    attempts: tuple[Attempt, ...]
+    notes: tuple[str, ...]
+    diagnosis: Diagnosis | None
+    no_certificate: str | None = None
 
 
-@dataclass(eq=False)
-class _Attacked:
-    """The attacked samples and the nearest adversarial points so far."""
+@dataclass(frozen=True, eq=False)
+class _Certified:
+    """The rows of the samples; radii [N] in the config's norm as they count, and in every norm for what is attacked."""
 
-    index: Tensor  # [A] positions in the test part
-    x: Tensor  # [A, *input_shape]
-    y: Tensor  # [A]
-    distance: Tensor  # [A] float64, in the cell's norm
-    closest: Tensor  # [A, *input_shape]
-    columns: dict[str, Tensor] = field(default_factory=dict)
+    samples: pd.DataFrame
+    radii: Tensor
+    attainable: Mapping[str, Tensor]
+    results: dict[str, Any] = field(default_factory=dict)
+    bounds: dict[str, LipschitzBound] = field(default_factory=dict)
+    doubt: ArithmeticError | None = None  # what disproves a bound
+    lacking: str | None = None  # why there is no certificate
 
 
 def evaluate(
@@ -84,13 +79,24 @@ def evaluate(
     data: Dataset,
     *,
     report: Report = lambda stage: None,
+    batch_size: int | None = None,
+    diagnosed: bool = True,
+    uncertified: bool = False,
 ) -> Evaluation:
     """Bound, certify and attack a model in eval mode on the test part of `data`.
 
     All are for the network as executed in the config's arithmetic, converted to it where that is not the model's own.
     Radii are computed in all three norms, attacks run in the config's. A sample's smallest distance is that of the
-    nearest adversarial point that any attack found, 0 where it is misclassified, infinite where none was found. An
-    attack with a ball goes through the eps in ascending order and spares samples that it has broken at a smaller one.
+    nearest adversarial point that any attack found, 0 where it is misclassified, infinite where none was found.
+
+    Args:
+        model: any classifier that can be certified.
+        config: bound, arithmetic, norm, eps, attacks and how these run.
+        data: its test part is certified, the samples that the config chooses are attacked.
+        report: is told each stage, and of the attacks how many samples still stand.
+        batch_size: samples attacked at once; None for what fits.
+        diagnosed: look for signs that gradients mislead the attacks.
+        uncertified: attack a model that has operations without rules all the same, with radii 0.
 
     Raises:
         CertificateViolationError: an adversarial point closer than its sample's certified radius, in any of the norms.
@@ -101,58 +107,40 @@ def evaluate(
     split = Split(data.test.x.to(device), data.test.y.to(device))
     # the network in real arithmetic can't be run: float64 stands for it
     network = executed(model, "float64" if config.arithmetic == "real" else config.arithmetic)
-    if network.rounded:
-        model = network.model
-    report("bounds")
-    bounds = {norm: _bound(model, config, data.input_shape, norm) for norm in NORMS if norm != config.norm}
-    bounds[config.norm], doubt = _with_lower(model, config, split, network.dtype)
-    bounds_s = time.perf_counter() - start
-    report("radii")
-    samples, found = _certify(model, config, split, bounds, "real" if config.arithmetic == "real" else None)
-    attainable = found if config.arithmetic != "real" else _certify(model, config, split, bounds, None)[1]
-    radii = {norm: one.radius.to(device) for norm, one in attainable.items()}
+    proof = _certified(network.model if network.rounded else model, config, split, network, report, uncertified)
+    samples = proof.samples
     model = _Converting(network).eval() if network.rounded else model
     wrong = torch.tensor((samples["prediction"] != samples["label"]).to_numpy(), device=device)
-    attacked = _attack_all(model, config, split, wrong, report)
-    _check_witness(attacked, radii)
-    if doubt is not None:
-        raise CertificateViolationError(f"certificate broken: {doubt}", {}) from doubt
-    results = _results(config, bounds[config.norm], samples, found[config.norm].radius, attacked)
-    results |= _losses(found[config.norm]) | _bracket(bounds[config.norm])
-    if config.bound != "product":
-        results |= _by_product(config, bounds[config.norm], torch.tensor(samples["radius_product"].to_numpy()))
-        results["bounds_s"] = bounds_s
+    radii = {norm: radius.to(device) for norm, radius in proof.attainable.items()}
+    attacked = attack_samples(model, config, split, wrong, radii[config.norm], batch_size=batch_size, report=report)
+    check_witness(attacked, radii)
+    if proof.doubt is not None:
+        raise CertificateViolationError(f"certificate broken: {proof.doubt}", {}) from proof.doubt
+    diagnosis = diagnosis_of(model, config, attacked, batch_size=batch_size, report=report) if diagnosed else None
+    results = accuracies(config, samples, proof.radii, attacked) | proof.results | attack_costs(attacked, diagnosis)
     results["evaluate_s"] = time.perf_counter() - start
-    closest = _closest(model, attacked, wrong, radii[config.norm])
-    return Evaluation(_with_attacks(samples, attacked), results, bounds, closest)
+    return _evaluation(model, attacked, proof, results, radii[config.norm], diagnosis)
 
 
-def bounds_json(bounds: Mapping[str, LipschitzBound]) -> bytes:
-    """Per norm: the network's `lower` and `upper`, the smallest and largest pairwise constant, and the `layers`.
-
-    {norm: {"lower", "upper", "pairwise_min", "pairwise_max", "layers": [{"name", "kind", "lower", "upper", "method"}],
-    "attempts": [{"method", "upper", "pair_upper", "proved", "note"}]}}, a row for each method tried, with null for a
-    constant that overflows or is not proved. No times, so that equal runs write equal files.
-    """
-    described: dict[str, Any] = {}
-    for norm, bound in bounds.items():
-        different = ~torch.eye(len(bound.pairwise), dtype=torch.bool)
-        pairs = bound.pairwise.cpu()[different]
-        described[norm] = {
-            **_finite({"lower": bound.lower, "upper": bound.upper}),
-            **_finite({"pairwise_min": float(pairs.min()), "pairwise_max": float(pairs.max())}),
-            "layers": [_finite(asdict(layer)) for layer in bound.layers],
-            "attempts": [_finite(_untimed(asdict(attempt))) for attempt in bound.attempts],
-        }
-    return (json.dumps(described, indent=2, allow_nan=False) + "\n").encode()
-
-
-def _untimed(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key != "seconds"}
-
-
-def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: None if value in (math.inf, -math.inf) else value for key, value in values.items()}
+def _evaluation(
+    model: nn.Module,
+    attacked: Attacked,
+    proof: _Certified,
+    results: dict[str, Any],
+    radii: Tensor,
+    diagnosis: Diagnosis | None,
+) -> Evaluation:
+    return Evaluation(
+        samples=attacked.rows(proof.samples),
+        results=results,
+        bounds=proof.bounds,
+        closest=attacked.nearest(model, radii),
+        adversarial=attacked.adversarial(model),
+        attempts=attacked.attempts,
+        notes=() if attacked.found is None else attacked.found.notes,
+        diagnosis=diagnosis,
+        no_certificate=proof.lacking,
+    )
 
 
 class _Converting(nn.Module):
@@ -167,9 +155,43 @@ class _Converting(nn.Module):
         return logits.to(torch.promote_types(x.dtype, self._dtype))
 
 
+def _certified(
+    model: nn.Module, config: CellConfig, split: Split, network: Executed, report: Report, uncertified: bool
+) -> _Certified:
+    try:
+        return _proved(model, config, split, network.dtype, report)
+    except ValueError:
+        shape = tuple(split.x.shape[1:])
+        lacking = why_uncertified(model, shape, config.norm) if uncertified else None
+        if lacking is None:
+            raise
+    samples, radii = uncertified_rows(network.logits(split.x), split.y)
+    return _Certified(samples, radii[config.norm], radii, lacking=lacking)
+
+
+def _proved(model: nn.Module, config: CellConfig, split: Split, dtype: torch.dtype, report: Report) -> _Certified:
+    start = time.perf_counter()
+    report("bounds")
+    bounds = {norm: _bound(model, config, split, norm) for norm in NORMS if norm != config.norm}
+    bounds[config.norm], doubt = _with_lower(model, config, split, dtype)
+    bounds_s = time.perf_counter() - start
+    report("radii")
+    is_real = config.arithmetic == "real"
+    samples, found = _certify(model, config, split, bounds, "real" if is_real else None)
+    attainable = _certify(model, config, split, bounds, None)[1] if is_real else found
+    own = found[config.norm]
+    results = bound_results(bounds[config.norm], own)
+    if config.bound != "product":
+        results |= product_results(config, bounds[config.norm], torch.tensor(samples["radius_product"].to_numpy()))
+        results["bounds_s"] = bounds_s
+    radii = {norm: one.radius for norm, one in attainable.items()}
+    return _Certified(samples, own.radius, radii, results, bounds, doubt)
+
+
 def _bound(
-    model: nn.Module, config: CellConfig, shape: tuple[int, ...], norm: str, points: Tensor | None = None
+    model: nn.Module, config: CellConfig, split: Split, norm: str, points: Tensor | None = None
 ) -> LipschitzBound:
+    shape = tuple(split.x.shape[1:])
     return lipschitz(model, shape, config.bound, norm, points=points, budget=config.bound_budget)
 
 
@@ -177,11 +199,10 @@ def _with_lower(
     model: nn.Module, config: CellConfig, split: Split, dtype: torch.dtype
 ) -> tuple[LipschitzBound, ArithmeticError | None]:
     """The bound with its lower estimate, or without and what disproves it: the attacks then look for an example."""
-    shape, points = tuple(split.x.shape[1:]), split.x[:_JACOBIAN_POINTS].to(dtype)
     try:
-        return _bound(model, config, shape, config.norm, points), None
+        return _bound(model, config, split, config.norm, split.x[:_JACOBIAN_POINTS].to(dtype)), None
     except ArithmeticError as error:
-        return _bound(model, config, shape, config.norm), error
+        return _bound(model, config, split, config.norm), error
 
 
 @torch.no_grad()
@@ -222,193 +243,3 @@ def _methods(radii: Radii, bound: LipschitzBound, label: Tensor) -> list[str]:
         own = zip(radii.method, methods, strict=True)
         methods = [method if local == "global" else f"local {local}" for local, method in own]
     return methods
-
-
-def _bracket(bound: LipschitzBound) -> dict[str, Any]:
-    """The largest pair's bound, and the largest estimate of a pair from below."""
-    lower = bound.lower_pairwise
-    return {
-        "lipschitz_pair_upper": float(bound.pairwise.max()),
-        "lipschitz_pair_lower": 0.0 if lower is None else float(lower.max()),
-    }
-
-
-def _by_product(config: CellConfig, bound: LipschitzBound, radii: Tensor) -> dict[str, Any]:
-    """What the product of the layers' norms gives in the config's norm, for comparison."""
-    shares = certified_accuracy(radii, config.eps).tolist()
-    return {
-        "lipschitz_product_upper": bound.attempts[0].upper,
-        "mean_certified_radius_product": _mean(radii[torch.isfinite(radii)]),
-        **{f"certified_accuracy_product_eps_{eps:g}": share for eps, share in zip(config.eps, shares, strict=True)},
-    }
-
-
-def _losses(radii: Radii) -> dict[str, Any]:
-    """What rounding takes off the radii: the median share of those that real arithmetic has, and lost to overflow."""
-    counted = (radii.real > 0) & torch.isfinite(radii.real)
-    shares = 1 - radii.radius[counted] / radii.real[counted]
-    return {
-        "rounding_loss": float(shares.median()) if len(shares) else None,
-        "overflow_count": int(radii.overflow.sum()),
-    }
-
-
-def _chosen(config: CellConfig, count: int) -> Tensor:
-    """The attacked positions, ascending: all, or a subset that is the same for every cell of a data set."""
-    if config.attack_samples is None or config.attack_samples >= count:
-        return torch.arange(count)
-    generator = torch.Generator().manual_seed(0)
-    return torch.randperm(count, generator=generator)[: config.attack_samples].sort().values
-
-
-def _attack_all(model: nn.Module, config: CellConfig, split: Split, wrong: Tensor, report: Report) -> _Attacked:
-    """Attack the chosen samples; `wrong` [N] marks the misclassified ones, whose distance is 0."""
-    index = _chosen(config, len(split)).to(split.x.device)
-    x, y = split.x[index], split.y[index]
-    distance = torch.full((len(y),), torch.inf, dtype=torch.float64, device=x.device).masked_fill(wrong[index], 0.0)
-    state = _Attacked(index, x, y, distance, x.clone())
-    clean = distance.clone()
-    for name in config.attacks:
-        found = clean.clone()
-        if is_minimum_norm(name):
-            report(name)
-            _run(model, config, state, name, None, found)
-        for eps in config.eps:
-            if not is_minimum_norm(name):
-                report(f"{name} eps {eps:g}")
-                _run(model, config, state, name, eps, found)
-        for eps in config.eps:  # at the end: a search at one eps may find a point within a smaller one too
-            state.columns[f"robust_{name}_eps_{eps:g}"] = found > eps
-        state.columns[f"distance_{name}"] = found
-    return state
-
-
-def _run(model: nn.Module, config: CellConfig, state: _Attacked, name: str, eps: float | None, found: Tensor) -> None:
-    """Attack the samples that this attack has not broken within eps; `found` and `state` keep the nearest."""
-    standing = (found > (0.0 if eps is None else eps)).nonzero().squeeze(1)
-    if not len(standing):
-        return
-    result = attack(
-        model,
-        state.x[standing],
-        state.y[standing],
-        name,
-        norm=config.norm,
-        eps=eps,
-        seed=config.seed,
-        batch_size=_BATCH,
-    )
-    found[standing] = torch.minimum(found[standing], result.distance)
-    better = result.distance < state.distance[standing]
-    state.distance[standing[better]] = result.distance[better]
-    state.closest[standing[better]] = result.closest[better].to(state.closest.dtype)
-
-
-def _distances(attacked: _Attacked) -> dict[str, Tensor]:
-    """||closest - x|| of each attacked sample in every norm, in float64; infinite where nothing was found."""
-    difference = (attacked.closest.double() - attacked.x.double()).flatten(1)
-    orders = {"l2": 2.0, "linf": torch.inf, "l1": 1.0}
-    none = ~torch.isfinite(attacked.distance)
-    return {
-        norm: torch.linalg.vector_norm(difference, ord=order, dim=1).masked_fill(none, torch.inf)
-        for norm, order in orders.items()
-    }
-
-
-@torch.no_grad()
-def _closest(model: nn.Module, attacked: _Attacked, wrong: Tensor, radii: Tensor) -> dict[str, Tensor]:
-    """The nearest adversarial points; `wrong` and `radii` [N] are of all test samples."""
-    nearest = torch.sort(attacked.distance.masked_fill(wrong[attacked.index], torch.inf), stable=True)
-    chosen = nearest.indices[: min(_CLOSEST, int(torch.isfinite(nearest.values).sum()))]
-    x_adv, label = attacked.closest[chosen], attacked.y[chosen]
-    prediction = label
-    if len(chosen):
-        prediction = logits_of(model, x_adv).scatter(1, label[:, None], -torch.inf).argmax(1)
-    return {
-        "x": attacked.x[chosen].float(),
-        "x_adv": x_adv.float(),
-        "label": label,
-        "prediction": prediction,
-        "index": attacked.index[chosen],
-        "distance": attacked.distance[chosen],
-        "radius": radii.to(attacked.index.device)[attacked.index[chosen]],
-    }
-
-
-def _check_witness(attacked: _Attacked, radii: Mapping[str, Tensor]) -> None:
-    """Raise where an adversarial point lies inside a certified ball, in whatever norm."""
-    for norm, distance in _distances(attacked).items():
-        radius = radii[norm][attacked.index]
-        broken = (distance < radius).nonzero().squeeze(1)
-        if not len(broken):
-            continue
-        worst = broken[(radius[broken] - distance[broken]).argmax()]
-        sample = int(attacked.index[worst])
-        raise CertificateViolationError(
-            f"certificate broken: sample {sample} has certified {norm} radius {float(radius[worst]):.6g}, but an "
-            f"adversarial example lies at {float(distance[worst]):.6g} ({len(broken)} such samples)",
-            {
-                "x": attacked.x[worst],
-                "x_adv": attacked.closest[worst],
-                "label": attacked.y[worst],
-                "index": attacked.index[worst],
-                "radius": radius[worst],
-                "distance": distance[worst],
-            },
-        )
-
-
-def _results(
-    config: CellConfig, bound: LipschitzBound, samples: pd.DataFrame, radii: Tensor, attacked: _Attacked
-) -> dict[str, Any]:
-    radii = radii.cpu()
-    chosen, distance = radii[attacked.index.cpu()], attacked.distance.cpu()
-    results: dict[str, Any] = {
-        "clean_accuracy": float((samples["label"] == samples["prediction"]).mean()),
-        "lipschitz_upper": bound.upper,
-        "lipschitz_lower": bound.lower,
-        "test_count": len(samples),
-        "attacked_count": len(chosen),
-    }
-    certified = certified_accuracy(radii, config.eps).tolist()
-    certified_here = certified_accuracy(chosen, config.eps).tolist()
-    for eps, everywhere, here in zip(config.eps, certified, certified_here, strict=True):
-        results[f"certified_accuracy_eps_{eps:g}"] = everywhere
-        results[f"certified_accuracy_attacked_eps_{eps:g}"] = here
-        for name in config.attacks:
-            results[f"accuracy_{name}_eps_{eps:g}"] = _share(attacked.columns[f"robust_{name}_eps_{eps:g}"])
-        if config.attacks:
-            results[f"worst_case_accuracy_eps_{eps:g}"] = _share(distance > eps)
-    return results | _tightness(radii, chosen, distance if config.attacks else torch.full_like(distance, torch.inf))
-
-
-def _share(flags: Tensor) -> float:
-    return float(flags.double().mean())
-
-
-def _tightness(radii: Tensor, chosen: Tensor, distance: Tensor) -> dict[str, float | None]:
-    """Mean radii, and the ratio of radius to distance over the samples whose distance was found."""
-    found = torch.isfinite(distance) & torch.isfinite(chosen)
-    mean_distance, radius_found = _mean(distance[found]), _mean(chosen[found])
-    return {
-        "mean_certified_radius": _mean(radii[torch.isfinite(radii)]),
-        "mean_certified_radius_attacked": _mean(chosen[torch.isfinite(chosen)]),
-        "mean_distance": mean_distance,
-        "found_count": int(found.sum()),
-        "tightness": radius_found / mean_distance if mean_distance and radius_found is not None else None,
-    }
-
-
-def _mean(values: Tensor) -> float | None:
-    return float(values.mean()) if len(values) else None
-
-
-def _with_attacks(samples: pd.DataFrame, attacked: _Attacked) -> pd.DataFrame:
-    """The rows of all samples, joined with what the attacks found; missing where a sample was not attacked."""
-    rows = {"distance": attacked.distance, **attacked.columns}
-    found = pd.DataFrame({name: values.cpu().numpy() for name, values in rows.items()}, index=attacked.index.tolist())
-    flags = [name for name in rows if name.startswith("robust_")]
-    found[flags] = found[flags].astype("boolean")
-    joined = samples.join(found)
-    joined["attacked"] = joined["index"].isin(found.index)
-    return joined

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .config import CellConfig, ConfigError
+from .config import DURATIONS, CellConfig, ConfigError
 from .presets import DEFAULT_THRESHOLDS, DEFAULTS, PRESETS
 from .spec import LISTS
 
-__all__ = ["HELP", "default_text", "parse_settings"]
+__all__ = ["HELP", "SWITCHES", "default_text", "parse_settings"]
 
 HELP = {
     "preset": f"settings under a name: {', '.join(PRESETS)}, or one of the spec file; they win over the file",
@@ -46,13 +46,20 @@ HELP = {
     "attack_samples": "how many test samples to attack",
     "norm": "norm of the perturbation: l2, linf or l1",
     "eps": "perturbation sizes in raw input units, e.g. 0.1,0.3 or 36/255",
-    "attacks": "fgsm, pgd, autoattack, deepfool, cw, ddn, fmn, rounding-search; comma-separated",
+    "attacks": "fgsm, pgd, apgd-ce, apgd-dlr, apgd-t, fab, square, autoattack, eot-pgd, spsa, deepfool, cw, ddn, fmn, "
+    "rounding-search; comma-separated",
+    "attack_schedule": "cascade (cheapest attack first, each on what still stands) or each (all on all samples)",
+    "audit": "attack certified samples too, and all of them harder",
+    "integer_pixels": "count only adversarial points whose pixels are whole numbers of 255",
+    "max_gradients": "gradients that the attacks may take, a mean over the correctly classified samples",
+    "max_seconds": "time that the attacks may take, e.g. 90, 90s or 2m",
     "bound": "Lipschitz bound: product, closed-form, lipsdp, lipsdp-layer, lipsdp-first-order, local or auto",
     "bound_budget": "time that a tighter bound may take, in each norm, e.g. 90, 90s or 2m",
     "arithmetic": "that the certified network runs in: model (its own), real, float64, float32, float16 or bfloat16",
     "checkpoint": "weights to start from, a .safetensors or weights-only torch file",
 }
 _ALWAYS_LISTS = ("constraint", "threshold", "seed", *LISTS)  # given as a list, even one of one value
+SWITCHES = ("audit", "integer_pixels")  # settings that are on or off
 _TYPES = {"preset": "str", **{field.name: str(field.type) for field in dataclasses.fields(CellConfig)}}
 
 
@@ -69,11 +76,13 @@ def _shown(value: Any) -> str:
         return ",".join(_shown(part) for part in value)
     if value is None:
         return "unset"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def parse_settings(flags: Mapping[str, str | None]) -> dict[str, Any]:
-    """The settings that were given (not None), each turned into its field's type.
+def parse_settings(flags: Mapping[str, str | bool | None]) -> dict[str, Any]:
+    """The settings that were given (not None), each text turned into its field's type.
 
     Commas separate the values that a setting spans, those of eps and attacks the items of their one value. A
     checkpoint is one path, commas or not.
@@ -85,6 +94,9 @@ def parse_settings(flags: Mapping[str, str | None]) -> dict[str, Any]:
     problems = []
     for key, text in flags.items():
         if text is None:
+            continue
+        if isinstance(text, bool):
+            settings[key] = text
             continue
         try:
             values = [_value(key, part) for part in ([text] if key == "checkpoint" else text.split(","))]
@@ -104,5 +116,5 @@ def _value(key: str, text: str) -> Any:
     if "int" in kind:
         return int(text)
     if "float" in kind:  # a ratio such as 36/255, or a duration, is the config's to read
-        return text if "/" in text or key == "bound_budget" else float(text)
+        return text if "/" in text or key in DURATIONS else float(text)
     return text

@@ -273,8 +273,9 @@ def _frame(rows: Any) -> pd.DataFrame:
         if pa.types.is_null(field.type):
             rows = rows.set_column(at, field.name, pa.nulls(rows.num_rows, pa.float64()))
     frame: pd.DataFrame = rows.to_pandas()
-    for name in ("eps", "attacks"):
-        frame[name] = rows[name].to_pylist()
+    for field in rows.schema:
+        if pa.types.is_list(field.type):
+            frame[field.name] = rows[field.name].to_pylist()
     return frame
 
 

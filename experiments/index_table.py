@@ -88,6 +88,8 @@ def _kind(values: Sequence[Any], old: Any) -> Any:
         return pa.null()
     if old == pa.string():
         return old
+    if kinds == {list}:
+        return pa.list_(pa.string())
     if kinds == {bool}:
         return pa.bool_()
     if kinds == {int} and all(value is None or abs(value) <= 2**53 for value in values):

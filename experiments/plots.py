@@ -3,7 +3,7 @@
 Every function gives a matplotlib `Figure` of its own and leaves pyplot and the rc settings alone. Certified and
 observed values in one picture are taken on the same samples, the attacked ones, so that certified can be seen to
 stay below observed. Distances and eps are in raw input units. Unfinished runs are left out; so are diverged ones, but
-the legend names them.
+the legend names them. A dagger marks series with flags: signs of masked gradients, or attacks that a budget ended.
 """
 
 import dataclasses
@@ -18,8 +18,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from .attack_notes import run_flags
 from .config import BASELINES, CONSTRAINTS
 from .grouping import half_width
+from .pictures import BROKEN, CERTIFIED, NORMS, OBSERVED, bracket_figure, closest_figure, tightness
+from .report_cells import load_closest
+from .report_series import score
 from .store import RunFolder, write_atomic
 from .tables import Runs, collect_runs, differing_settings
 
@@ -27,19 +31,32 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+__all__ = [
+    "bracket_figure",
+    "closest_figure",
+    "plot_accuracy_over_eps",
+    "plot_gradient_norms",
+    "plot_radius_against_distance",
+    "plot_sandwich",
+    "plot_tightness",
+    "save_figure",
+    "write_figures",
+]
 
 _Floats: TypeAlias = NDArray[np.float64]
 _Colour: TypeAlias = str | tuple[float, float, float, float]
 _Style: TypeAlias = Literal["-", "--", ":", ""]
 
-_NORMS = {"l2": r"$\ell_2$", "linf": r"$\ell_\infty$", "l1": r"$\ell_1$"}
 _BASELINE_COLOURS = dict(zip(BASELINES, ("#000000", "#D55E00", "#CC79A7"), strict=True))  # of Okabe and Ito
-_CERTIFIED, _OBSERVED, _CLEAN, _BROKEN = "#0072B2", "#D55E00", "#555555", "#CC0000"
+_CLEAN = "#555555"
 _DASHED: Literal["--"] = "--"
 _MARKERS = "osDvp*hd"
 _PANEL_INCHES = (3.3, 2.6)  # a panel is as wide as a column of a paper
 _PANELS_A_ROW = 3
 _GRID_POINTS = 401
+_DOUBT = "†"  # beside the name of a series whose attacks may have been too weak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +90,18 @@ class _Samples:
             return np.full(len(eps), math.nan)
         return (len(self.distance) - np.searchsorted(np.sort(self.distance), eps, side="right")) / len(self.distance)
 
+    def quartiles(self) -> _Floats:  # [3]
+        """Lower quartile, median and upper quartile of radius / distance; NaN where no distance was found."""
+        ratios = tightness(self.radius[self.correct], self.distance[self.correct])
+        return np.quantile(ratios, [0.25, 0.5, 0.75]) if len(ratios) else np.full(3, math.nan)
+
 
 def write_figures(runs: Runs, folder: str | Path) -> list[Path]:
     """Write every picture, as PDF and PNG: one of each kind, and a sandwich for each eps of the configs.
 
-    Where runs differ in more than constraint, threshold and seed, each setting gets a sub-folder of its own. The
-    picture of radii and distances is made only where there were attacks.
+    Where runs differ in more than constraint, threshold and seed, each setting gets a sub-folder of its own. Pictures
+    of distances are made only where there were attacks; those of single samples, `closest_<constraint>` and
+    `bracket_<constraint>`, for the best run of each constraint by certified accuracy at the middle eps.
 
     Raises:
         ValueError: no finished run, a damaged run folder, or a folder that cannot be written.
@@ -96,7 +119,25 @@ def write_figures(runs: Runs, folder: str | Path) -> list[Path]:
         figures[f"sandwich_eps_{eps:g}"] = plot_sandwich(finished, eps)
     if finished["attacks"].map(len).any() and not finished["diverged"].eq(True).all():
         figures["radius_against_distance"] = plot_radius_against_distance(finished)
+        figures["tightness"] = plot_tightness(finished)
+        figures |= _figures_of_samples(finished)
     return [path for name, figure in figures.items() for path in save_figure(figure, Path(folder) / name)]
+
+
+def _figures_of_samples(finished: pd.DataFrame) -> dict[str, "Figure"]:
+    """Nearest adversarial examples and brackets of the best run of each constraint, where it has any."""
+    able = finished[~finished["diverged"].eq(True) & finished["attacks"].map(len).gt(0)].assign(diverged=False)
+    figures = {}
+    for constraint, group in able.groupby("constraint"):
+        row = max((row for _, row in group.iterrows()), key=score)
+        folder = RunFolder(Path(row["folder"]))
+        samples, closest = folder.read_samples(), load_closest(folder)
+        at = "" if constraint in BASELINES else f" {row['threshold']:g}"
+        name = f"{constraint}{at}, seed {row['seed']} ({row['id']})".replace("inf", "∞")
+        figures[f"bracket_{constraint}"] = bracket_figure(samples, row["norm"], name=name)
+        if closest is not None and len(closest["x"]):
+            figures[f"closest_{constraint}"] = closest_figure(closest, name=name)
+    return figures
 
 
 def _setting(value: object) -> str:
@@ -133,9 +174,10 @@ def plot_accuracy_over_eps(runs: Runs, *, eps_max: float | None = None) -> "Figu
             axes.plot(eps, 100 * certified, color=one.colour, linewidth=1.5)
             axes.plot(eps, 100 * observed, color=one.colour, linewidth=1.2, linestyle=_DASHED)
         axes.set(xlim=(0, end), ylim=(0, 102), ylabel="accuracy (%)")
-        axes.set_xlabel(f"perturbation size ε ({_NORMS[norm]}, input units)")
+        axes.set_xlabel(f"perturbation size ε ({NORMS[norm]}, input units)")
 
     handles = [*_series_handles(panels), _line("certified", "0.5"), _line("under attack", "0.5", style=_DASHED)]
+    handles += _doubts(panels.values())
     return _figure(panels, draw, handles)
 
 
@@ -159,23 +201,57 @@ def plot_sandwich(runs: Runs, eps: float) -> "Figure":
     baselines = panels.pop("baselines", [])
 
     def draw(axes: "Axes", panel: Sequence[_Series]) -> None:
-        main = [one for one in panel if one.constraint not in BASELINES]
-        points = [_Point.of([samples[folder] for folder in one.folders], eps) for one in [*main, *baselines]]
-        for part in (slice(0, len(main)), *(slice(at, at + 1) for at in range(len(main), len(points)))):
-            _draw_sandwich(axes, range(*part.indices(len(points))), points[part])
-        if main and baselines:
-            axes.axvline(len(main) - 0.5, color="0.8", linewidth=0.8)
-        axes.set_xticks(range(len(points)), [_tick(one) for one in [*main, *baselines]])
-        for text in axes.get_xticklabels()[len(main) :]:
-            text.set(rotation=30, ha="right", rotation_mode="anchor")
-        axes.set(xlim=(-0.5, len(points) - 0.5), ylim=(-3, 103), xlabel="threshold of the layers' spectral norm")
-        axes.set_ylabel(f"accuracy (%) at ε = {eps:g} ({_NORMS[norm]})")
+        def draw_part(positions: Sequence[int], part: Sequence[_Series]) -> None:
+            points = [_Point.of([samples[folder] for folder in one.folders], eps) for one in part]
+            _draw_sandwich(axes, positions, points)
+
+        _over_thresholds(axes, panel, baselines, draw_part)
+        axes.set(ylim=(-3, 103), ylabel=f"accuracy (%) at ε = {eps:g} ({NORMS[norm]})")
 
     handles = [
         _line("clean", _CLEAN, style=":", marker="s"),
-        _line("under attack", _OBSERVED, style=_DASHED, marker="o"),
-        _line("certified", _CERTIFIED, marker="^"),
+        _line("under attack", OBSERVED, style=_DASHED, marker="o"),
+        _line("certified", CERTIFIED, marker="^"),
+        *_doubts([*panels.values(), baselines]),
     ]
+    return _figure(panels or {"baselines": baselines}, draw, handles)
+
+
+def plot_tightness(runs: Runs) -> "Figure":
+    """Certified radius over smallest adversarial distance: median and quartiles over the samples, over the thresholds.
+
+    Samples are the attacked ones that are classified right and for which a point was found; 1 is the best there can be,
+    more a broken certificate. Seeds are averaged. A panel a constraint; the baselines stand at its right.
+
+    Raises:
+        ValueError: no finished run, or runs that differ in more than constraint, threshold and seed.
+    """
+    panels, norm = _panels(runs)
+    samples = _all_samples(panels, norm)
+    baselines = panels.pop("baselines", [])
+    found = {folder: one.quartiles() for folder, one in samples.items()}
+    highest = max((quartiles[2] for quartiles in found.values() if np.isfinite(quartiles[2])), default=0.0)
+
+    def quartiles(one: _Series) -> _Floats:
+        known = [found[folder] for folder in one.folders if np.isfinite(found[folder]).all()]
+        return np.mean(known, axis=0) if known else np.full(3, math.nan)
+
+    def draw(axes: "Axes", panel: Sequence[_Series]) -> None:
+        def draw_part(positions: Sequence[int], part: Sequence[_Series]) -> None:
+            low, middle, high = np.array([quartiles(one) for one in part]).T
+            axes.plot(positions, middle, color=CERTIFIED, marker="o", markersize=4, linewidth=1.2)
+            if len(part) > 1:
+                axes.fill_between(positions, low, high, color=CERTIFIED, alpha=0.15, linewidth=0)
+            else:
+                axes.bar(positions, high - low, 0.3, low, color=CERTIFIED, alpha=0.15, linewidth=0)
+
+        _over_thresholds(axes, panel, baselines, draw_part)
+        axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set(ylim=(0, 1.05 * max(1.0, highest)), ylabel=f"radius / distance ({NORMS[norm]})")
+
+    limit = _line("radius = distance", "black", style=":")
+    handles: list[Line2D | Patch] = [_line("median", CERTIFIED, marker="o"), _band("quartiles"), limit]
+    handles += _doubts([*panels.values(), baselines])
     return _figure(panels or {"baselines": baselines}, draw, handles)
 
 
@@ -203,13 +279,14 @@ def plot_radius_against_distance(runs: Runs) -> "Figure":
         for one in panel:
             for folder in one.folders:
                 _draw_points(axes, one, *used[folder], top)
-        axes.set(xlim=(0, right), ylim=(0, top), xlabel=f"certified radius ({_NORMS[norm]}, input units)")
+        axes.set(xlim=(0, right), ylim=(0, top), xlabel=f"certified radius ({NORMS[norm]}, input units)")
         axes.set_ylabel("smallest distance found")
 
     handles = [*_series_handles(panels, points=True), _line("distance = radius", "black")]
     handles += [_line("attacks failed", "0.4", style="", marker="^")] if np.isinf(distances).any() else []
     if any((radius > distance).any() for radius, distance in used.values()):
-        handles.append(_line("certificate broken", _BROKEN, style="", marker="x"))
+        handles.append(_line("certificate broken", BROKEN, style="", marker="x"))
+    handles += _doubts(panels.values())
     return _figure(panels, draw, handles)
 
 
@@ -287,6 +364,7 @@ def _series(constraint: str, threshold: float, thresholds: Sequence[float], grou
     diverged = group["diverged"].eq(True)
     folders = tuple(RunFolder(Path(folder)) for folder in group.loc[~diverged, "folder"])
     label = constraint if constraint in BASELINES else f"{threshold:g}".replace("inf", "∞")
+    label += _DOUBT if run_flags(group[~diverged]).map(len).any() else ""
     label += f" ({int(diverged.sum())} of {len(group)} diverged)" if diverged.any() else ""
     if constraint in BASELINES:
         at = BASELINES.index(constraint)
@@ -339,11 +417,29 @@ class _Point:
         return cls((clean, observed, certified), tuple((100 * half).tolist()))
 
 
+def _over_thresholds(
+    axes: "Axes",
+    panel: Sequence[_Series],
+    baselines: Sequence[_Series],
+    draw_part: Callable[[Sequence[int], Sequence[_Series]], None],
+) -> None:
+    """Draw the thresholds of a constraint side by side, connected, and at their right each baseline by itself."""
+    main = [one for one in panel if one.constraint not in BASELINES]
+    every = [*main, *baselines]
+    parts = [range(len(main)), *(range(at, at + 1) for at in range(len(main), len(every)))]
+    for part in filter(len, parts):
+        draw_part(part, every[part.start : part.stop])
+    if main and baselines:
+        axes.axvline(len(main) - 0.5, color="0.8", linewidth=0.8)
+    axes.set_xticks(range(len(every)), [_tick(one) for one in every])
+    for text in axes.get_xticklabels()[len(main) :]:
+        text.set(rotation=30, ha="right", rotation_mode="anchor")
+    axes.set(xlim=(-0.5, len(every) - 0.5), xlabel="threshold of the layers' spectral norm")
+
+
 def _draw_sandwich(axes: "Axes", positions: Sequence[int], points: Sequence[_Point]) -> None:
-    if not points:
-        return
     means, halves = (np.array(rows).T for rows in zip(*((p.mean, p.half) for p in points), strict=True))
-    looks = (("s", ":", _CLEAN), ("o", _DASHED, _OBSERVED), ("^", "-", _CERTIFIED))
+    looks = (("s", ":", _CLEAN), ("o", _DASHED, OBSERVED), ("^", "-", CERTIFIED))
     for mean, half, (marker, style, colour) in zip(means, halves, looks, strict=True):
         axes.errorbar(
             positions,
@@ -357,9 +453,9 @@ def _draw_sandwich(axes: "Axes", positions: Sequence[int], points: Sequence[_Poi
             capsize=2,
         )
     if len(points) > 1:
-        axes.fill_between(positions, means[2], means[1], color=_CERTIFIED, alpha=0.15, linewidth=0)
+        axes.fill_between(positions, means[2], means[1], color=CERTIFIED, alpha=0.15, linewidth=0)
     else:
-        axes.bar(positions, means[1] - means[2], 0.3, means[2], color=_CERTIFIED, alpha=0.15, linewidth=0)
+        axes.bar(positions, means[1] - means[2], 0.3, means[2], color=CERTIFIED, alpha=0.15, linewidth=0)
 
 
 def _draw_points(axes: "Axes", one: _Series, radius: _Floats, distance: _Floats, top: float) -> None:
@@ -368,17 +464,29 @@ def _draw_points(axes: "Axes", one: _Series, radius: _Floats, distance: _Floats,
     shown = ((radius[found], distance[found], one.marker), (radius[missed], np.full(missed.sum(), 0.985 * top), "^"))
     for x, y, marker in shown:
         axes.scatter(x, y, 7, [one.colour], marker=marker, alpha=0.6, linewidths=0.6, rasterized=True)
-    axes.scatter(radius[broken], distance[broken], 30, _BROKEN, marker="x", zorder=3)
+    axes.scatter(radius[broken], distance[broken], 30, BROKEN, marker="x", zorder=3)
 
 
 def _tick(one: _Series) -> str:
-    return one.label.replace(" (", "\n(")
+    return one.label.replace(" (", "\n(").replace(" diverged", "\ndiverged")
 
 
 def _line(label: str, colour: _Colour, *, style: _Style = "-", marker: str = "") -> "Line2D":
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=colour, linestyle=style, marker=marker, markersize=4, linewidth=1.4, label=label)
+
+
+def _band(label: str) -> "Patch":
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor=CERTIFIED, alpha=0.15, linewidth=0, label=label)
+
+
+def _doubts(panels: Iterable[Sequence[_Series]]) -> list["Line2D"]:
+    """What the dagger means, where there is one."""
+    is_there = any(_DOUBT in one.label for panel in panels for one in panel)
+    return [_line(f"{_DOUBT} masked gradients or attacks cut short", "black", style="")] if is_there else []
 
 
 def _series_handles(panels: dict[str, list[_Series]], *, points: bool = False) -> list["Line2D"]:
@@ -396,7 +504,7 @@ def _series_handles(panels: dict[str, list[_Series]], *, points: bool = False) -
 def _figure(
     panels: dict[str, list[_Series]],
     draw: Callable[["Axes", Sequence[_Series]], None],
-    handles: Iterable["Line2D"],
+    handles: Iterable["Line2D | Patch"],
 ) -> "Figure":
     """Lay the panels out in rows, with one legend below them all, where it covers no data."""
     from matplotlib.figure import Figure

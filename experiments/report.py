@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from .attack_notes import with_effort
 from .config import FIELDS
 from .grouping import BROKEN, config_labels, in_order
 from .index import read_failure
@@ -18,7 +19,7 @@ from .report_charts import POINTS_SHOWN, chart_data
 from .report_html import Html, joined, tag
 from .report_page import failures_html, page, settings_html
 from .report_series import SERIES_SHOWN, all_series, chosen_series, setting_names
-from .report_summary import environment_html, headline_html, lead_html, title_of, verdict_html
+from .report_summary import doubts_html, environment_html, headline_html, lead_html, title_of, verdict_html
 from .report_table import table_html
 from .store import RunFolder, write_atomic
 from .tables import NAMES, Runs, collect_runs, robustness_table
@@ -44,7 +45,7 @@ def write_report(runs: Runs, path: str | Path) -> Path:
     Raises:
         ValueError: no run, a damaged run folder, or a file that cannot be written.
     """
-    frame = _completed(collect_runs(runs))
+    frame = _completed(with_effort(collect_runs(runs)))
     table = robustness_table(frame)
     series = all_series(frame)
     drawn = chosen_series(series)
@@ -55,7 +56,12 @@ def write_report(runs: Runs, path: str | Path) -> Path:
     parts = {
         "heading": tag("h1", title),
         "lead": lead_html(frame),
-        "verdict": verdict_html(frame, _broken(frame), charts["broken_found"], charts["broken_cells"]),
+        "verdict": joined(
+            [
+                verdict_html(frame, _broken(frame), charts["broken_found"], charts["broken_cells"]),
+                doubts_html(series),
+            ]
+        ),
         "headline": headline_html(table),
         "environment": environment_html(frame),
         "table": table_html(table, frame),

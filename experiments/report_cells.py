@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .config import FIELDS, CellConfig
+from .pictures import CLOSEST, change_of
 from .report_series import Series, best_of_each, score
 from .store import RunFolder, StoreError
 
@@ -23,7 +24,6 @@ CELLS_SHOWN = 60
 PICTURE_BYTES = 1_000_000  # of all cells together
 _LARGEST_SIDE = 64
 _INTEGERS = {field.name for field in dataclasses.fields(CellConfig) if field.type in (int, int | None)}
-_ARRAYS = ("x", "x_adv", "label", "prediction", "index", "distance", "radius")
 
 
 def cell_data(series: Sequence[Series]) -> dict[str, Any]:
@@ -55,6 +55,7 @@ def _cell(one: Series, row: "pd.Series[Any]", setting: int) -> dict[str, Any]:
         "diverged": bool(row["diverged"]),
         "bounds": _read_bounds(folder),
         "tightness": row.get("tightness"),
+        "tightness_median": row.get("tightness_median"),
         "closest": None,
         "score": score(row),
     }
@@ -89,8 +90,8 @@ def _add_pictures(cells: list[dict[str, Any]], chosen: Sequence[tuple[Series, "p
         cells[at]["closest"] = closest
 
 
-def read_closest(folder: RunFolder) -> list[dict[str, Any]] | None:
-    """The nearest adversarial examples of a run, with PNG pictures where inputs are images; None where not recorded.
+def load_closest(folder: RunFolder) -> dict[str, NDArray[Any]] | None:
+    """The nearest adversarial examples of a run as arrays named as in `Evaluation.closest`; None where not recorded.
 
     Raises:
         StoreError: the file is damaged.
@@ -104,9 +105,21 @@ def read_closest(folder: RunFolder) -> list[dict[str, Any]] | None:
         arrays = load(folder.closest_path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise StoreError(f"{folder.closest_path}: damaged ({error})") from error
-    if missing := [name for name in _ARRAYS if name not in arrays]:
-        raise StoreError(f"{folder.closest_path}: expected arrays {', '.join(_ARRAYS)}; {', '.join(missing)} missing")
-    return [_example({name: arrays[name][at] for name in _ARRAYS}) for at in range(len(arrays["x"]))]
+    if missing := [name for name in CLOSEST if name not in arrays]:
+        raise StoreError(f"{folder.closest_path}: expected arrays {', '.join(CLOSEST)}; {', '.join(missing)} missing")
+    return {name: arrays[name] for name in CLOSEST}
+
+
+def read_closest(folder: RunFolder) -> list[dict[str, Any]] | None:
+    """The nearest adversarial examples of a run, with PNG pictures where inputs are images; None where not recorded.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    arrays = load_closest(folder)
+    if arrays is None:
+        return None
+    return [_example({name: array[at] for name, array in arrays.items()}) for at in range(len(arrays["x"]))]
 
 
 def _example(arrays: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,26 +127,10 @@ def _example(arrays: Mapping[str, Any]) -> dict[str, Any]:
     example |= {name: float(arrays[name]) for name in ("distance", "radius")}
     x, x_adv = np.asarray(arrays["x"], np.float64), np.asarray(arrays["x_adv"], np.float64)
     example["shape"] = list(x.shape)
-    image = x[None] if x.ndim == 2 else x
-    if image.ndim == 3 and len(image) in (1, 3) and min(image.shape[1:]) > 1 and np.isfinite([x, x_adv]).all():
-        other = x_adv.reshape(image.shape)
-        largest = float(np.abs(other - image).max())
-        difference = (other - image) / (largest or 1.0)
-        low, high = min(0.0, float(image.min())), max(1.0, float(image.max()))
-        spans = [(part - low) / (high - low) for part in (image, other)]
-        example["pictures"] = [*map(png_uri, spans), png_uri(_signed(difference))]
-        example["largest"] = largest
+    if change := change_of(x, x_adv):
+        example["pictures"] = [*map(png_uri, (change.original, change.adversarial, change.difference))]
+        example["largest"] = change.largest
     return example
-
-
-def _signed(difference: _Floats) -> _Floats:  # [C, H, W] in [-1, 1]
-    """One channel: blue below, white at, red above zero; three channels: grey at zero."""
-    if len(difference) == 3:
-        return 0.5 + difference / 2
-    below, above = np.clip(-difference[0], 0, 1), np.clip(difference[0], 0, 1)
-    blue, red = np.array([0.0, 0.36, 0.6]), np.array([0.77, 0.3, 0.0])
-    coloured: _Floats = 1 - below * (1 - blue[:, None, None]) - above * (1 - red[:, None, None])
-    return coloured
 
 
 def png_uri(image: _Floats) -> str:  # [C, H, W] in [0, 1], C = 1 or 3

@@ -115,6 +115,7 @@ def _drawn(one: Series, samples: Sequence[Samples], grid: _Floats, marked: Seque
         "history": _history(one),
         "bracket": [_average(one.kept.get(f"lipschitz_{end}")) for end in ("lower", "upper")],
         "tightness": _average(one.kept.get("tightness")),
+        "tightness_median": _average(one.kept.get("tightness_median")),
         "seeds": len(one.kept),
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from .attack_notes import counted, run_flags
 from .config import BASELINES, CONSTRAINTS
 from .grouping import config_labels, in_order
 from .report_html import MISSING
@@ -45,10 +46,15 @@ class Series:
         return self.rows[~self.rows["diverged"]]
 
     @property
+    def doubts(self) -> list[str]:
+        """Flags of the attacks on its cells, each with the number of cells that have it."""
+        return counted(run_flags(self.rows))
+
+    @property
     def note(self) -> str:
-        """How many of its cells diverged, or nothing."""
+        """How many of its cells diverged, and flags of the attacks, or nothing."""
         lost = len(self.rows) - len(self.kept)
-        return f"{lost} of {len(self.rows)} diverged" if lost else ""
+        return ", ".join([*([f"{lost} of {len(self.rows)} diverged"] if lost else []), *self.doubts])
 
 
 def number(value: float) -> str:

@@ -7,12 +7,25 @@ from typing import Any
 
 import pandas as pd
 
+from .attack_notes import INCOMPLETE
 from .config import BASELINES
 from .grouping import is_able
 from .report_html import Html, count, description, listed, percent, seconds, tag
-from .report_series import number
+from .report_series import Series, number
 from .report_table import STATES
 
+_SERIES_LISTED = 20
+_MEANINGS = {
+    "zero-gradients": "the loss has no gradient, or one that is not finite",
+    "vanishing-gradients": "the gradient is next to 0: the outputs are saturated",
+    "flat-loss": "a tiny step does not change the loss as the gradient says",
+    "rough-loss": "a step of an attack brings far less than the gradient says",
+    "random-outputs": "an input gets other logits when it is evaluated again",
+    "black-box-wins": "a search without gradients breaks samples that gradient attacks do not",
+    "unbounded-fails": "an attack free to go anywhere misses samples that another class is in reach of",
+    "single-step-wins": "one gradient step breaks samples that many small ones do not",
+    INCOMPLETE: "a budget ended them before all samples were attacked by all",
+}
 _NORMS = {"l2": "\N{SCRIPT SMALL L}₂", "linf": "\N{SCRIPT SMALL L}∞", "l1": "\N{SCRIPT SMALL L}₁"}
 
 
@@ -85,7 +98,41 @@ def verdict_html(
             "div", tag("strong", "Nothing was attacked"), ": no certificate was challenged.", class_="banner empty"
         )
     words = f": {count(attacked, 'sample')} attacked in all, no adversarial example inside a certified radius."
+    spared = _spared(frame)
+    if spared:
+        words += f" Attacks at a fixed ε spared {count(spared, 'sample')} certified there; an audit attacks these too."
     return tag("div", tag("strong", "No certificate was broken"), words, class_="banner sound")
+
+
+def _spared(frame: pd.DataFrame) -> int:
+    """Samples that attacks at a fixed eps left out since they are certified there, at the eps with most of them."""
+    skipped = frame[[name for name in frame.columns if str(name).startswith("certified_skipped_eps_")]]
+    return int(skipped.apply(pd.to_numeric).max(axis="columns").sum()) if len(skipped.columns) else 0
+
+
+def doubts_html(series: Sequence[Series]) -> Html:
+    """The series whose attacks may have been too weak, each with its flags, and what these mean; or nothing."""
+    doubted = [(one, one.doubts) for one in series if one.doubts]
+    if not doubted:
+        return Html("")
+    several = len({one.setting for one in series}) > 1
+    items = [
+        tag("li", tag("b", f"{one.setting}: {one.name}" if several else one.name), f": {', '.join(doubts)}")
+        for one, doubts in doubted[:_SERIES_LISTED]
+    ]
+    if len(doubted) > _SERIES_LISTED:
+        items.append(tag("li", f"{len(doubted) - _SERIES_LISTED} more; the table names all"))
+    names = [name for name in _MEANINGS if any(name in doubt for _, doubts in doubted for doubt in doubts)]
+    meanings = "; ".join(f"{name}: {_MEANINGS[name]}" for name in names)
+    return tag(
+        "div",
+        tag("strong", f"The attacks on {len(doubted)} of {len(series):,} series may have been too weak."),
+        " What they observed may be too good; what is certified does not rest on them.",
+        tag("ul", *items),
+        tag("p", tag("small", f"{meanings}.")) if names else Html(""),
+        class_="banner doubted",
+        role="note",
+    )
 
 
 def headline_html(table: pd.DataFrame) -> Html:
@@ -111,11 +158,26 @@ def headline_html(table: pd.DataFrame) -> Html:
                 )
             )
         widest = max(widest, *_gaps(table, eps, several), key=lambda gap: gap[0])
+    tiles += _tightest(table, several)
     if widest[0] >= 0:
         points, where = widest
         shown = tag("dd", tag("b", f"{100 * points:.1f} points"), tag("span", where))
         tiles.append(tag("div", tag("dt", "widest gap, certified to observed"), shown))
     return tag("dl", *tiles, class_="tiles") if tiles else Html("")
+
+
+def _tightest(table: pd.DataFrame, several: bool) -> list[Html]:
+    """The largest median of radius over distance, and how far it moves over the rows."""
+    if "tightness_median" not in table:
+        return []
+    medians = pd.to_numeric(table["tightness_median"]).where(table["status"].map(is_able))
+    if medians.isna().all():
+        return []
+    best = int(medians.argmax())
+    least = medians.min()
+    span = f"; {least:.2f} to {medians.max():.2f} over all" if medians.count() > 1 else ""
+    shown = tag("dd", tag("b", f"{medians.iloc[best]:.2f}"), tag("span", _row_name(table.iloc[best], several) + span))
+    return [tag("div", tag("dt", "tightest: median radius / distance"), shown)]
 
 
 def _observed(row: "pd.Series[Any]", eps: str) -> str:
@@ -153,4 +215,17 @@ def environment_html(frame: pd.DataFrame) -> Html:
     times = [pd.to_numeric(done[key]).sum() for key in ("train_s", "evaluate_s") if key in done]
     if times:
         facts["compute time"] = seconds(float(sum(times)))
+    if effort := _effort(done):
+        facts["cost of attacks"] = effort
     return description({key: value or "not recorded" for key, value in facts.items()}, "facts")
+
+
+def _effort(done: pd.DataFrame) -> str:
+    """What the attacks took: evaluations a sample over all cells that counted them, and their time."""
+    names = ("attacked_count", "attack_gradients", "attack_forwards", "attack_s")
+    if not set(names) <= set(done.columns):
+        return ""
+    samples, gradients, forwards, time = done[[*names]].apply(pd.to_numeric).dropna().sum()
+    if not samples:
+        return ""
+    return f"{gradients / samples:,.0f} gradients and {forwards / samples:,.0f} forwards a sample, {seconds(time)}"

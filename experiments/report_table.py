@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from .attack_notes import SCHEDULE, casts_doubt, is_cascade, is_observed
 from .config import FIELDS
 from .grouping import is_able
 from .report_html import MISSING, Html, count, joined, listed, tag
@@ -21,12 +22,22 @@ _BOUNDS = {
     "gradient_norm": "gradient norm",
     "step_ratio": "step time ratio",
 }
+_EFFORT = {
+    "gradients_per_sample": "gradients a sample",
+    "forwards_per_sample": "forwards a sample",
+    "attack_s": "seconds of attacks",
+}
+_AFTER = "After X: the accuracy that the attack X and the cheaper ones before it left."
+_CASCADE = "In a cascade the accuracy of an attack is what it and the cheaper ones before it left."
+_SPARED = "Spared: samples that attacks at this ε left out, since they are certified there."
 _KINDS = {
     "certified_accuracy": ("certified", "main attacks"),
     "certified_accuracy_product": ("certified by the product", "main bounds"),
     "certified_accuracy_attacked": ("certified", "main attacks"),
     "worst_case_accuracy": ("observed", "main attacks"),
+    "certified_skipped": ("spared", "attacks"),
 }
+_EXACT = ("lipschitz_upper", "certified_skipped", *_EFFORT)  # shown without an interval
 _EVERYWHERE = ("certified_accuracy", "certified_accuracy_product")  # over all test samples
 
 
@@ -62,6 +73,7 @@ def table_html(table: pd.DataFrame, frame: pd.DataFrame) -> Html:
         _row(row, differing, columns, reasons.get(tuple(text(row[name]) for name in labels), {}), best) for row in rows
     ]
     head = [_head(name, "", "label", name in ("threshold",)) for name in differing]
+    head += [_head("flags", "", "label", False)] if "flags" in table else []
     head.append(_head("cells", "", "label", False))
     head += [_head(column.header, column.over, column.views, True) for column in columns]
     return joined(
@@ -84,8 +96,21 @@ def table_html(table: pd.DataFrame, frame: pd.DataFrame) -> Html:
                 role="region",
                 aria_label="Robustness table",
             ),
+            _notes(table),
         ]
     )
+
+
+def _notes(table: pd.DataFrame) -> Html:
+    """What the headers of the attacks mean."""
+    cascade = SCHEDULE in table and table[SCHEDULE].map(is_cascade).any()
+    told = [_AFTER if _is_all_cascade(table) else _CASCADE] if cascade else []
+    told += [_SPARED] if any(str(name).startswith("certified_skipped") for name in table.columns) else []
+    return tag("p", " ".join(told), class_="note") if told else Html("")
+
+
+def _is_all_cascade(table: pd.DataFrame) -> bool:
+    return SCHEDULE in table and bool(table[SCHEDULE].map(is_cascade).all())
 
 
 def _caption(table: pd.DataFrame) -> str:
@@ -96,15 +121,18 @@ def _columns(names: Sequence[str], table: pd.DataFrame) -> list[_Column]:
     """What the table holds, in reading order; the rest of a cell's results is in its summary.json."""
     found = [_Column("clean_accuracy", "clean")]
     subset = bool((table["attacked_count"] < table["test_count"]).any())
+    after = "after " if _is_all_cascade(table) else ""
     for metric in names:
         kind, _, eps = metric.partition("_eps_")
         if not eps or metric.endswith("_ci95") or (kind == "certified_accuracy_attacked" and not subset):
             continue
-        header, views = _KINDS.get(kind, (kind.removeprefix("accuracy_"), "attacks"))
+        header, views = _KINDS.get(kind, (after + kind.removeprefix("accuracy_"), "attacks"))
         samples = "" if not subset else ", all" if kind in _EVERYWHERE else ", attacked"
         found.append(_Column(metric, header, f"ε = {eps}{samples}", views))  # comparable over the same samples only
     found.append(_Column("lipschitz_upper", "Lipschitz bound", views="main bounds"))
-    found.append(_Column("tightness", "tightness", views="main bounds"))
+    found.append(_Column("tightness_median", "radius / distance", "median", "main bounds"))
+    found.append(_Column("tightness", "tightness", views="bounds" if "tightness_median" in names else "main bounds"))
+    found += [_Column(metric, header, views="attacks") for metric, header in _EFFORT.items()]
     found += [_Column(metric, header, views="bounds") for metric, header in _BOUNDS.items()]
     return [column for column in found if column.metric in names]
 
@@ -135,6 +163,8 @@ def _row(
                 data_v=number,
             )
         )
+    if "flags" in row:
+        cells.append(tag("td", row["flags"] or MISSING, class_="v-label flags"))
     cells.append(_state(reasons))
     cells += [_result(row, column, best.get(_place(row, column.metric), math.nan)) for column in columns]
     states = " ".join(reasons)
@@ -163,9 +193,9 @@ def _result(row: Mapping[Hashable, Any], column: _Column, best: float) -> Html:
         return tag("td", MISSING, class_=classes + " none", title="missing")
     scale, digits = (100.0, ".1f") if column.is_share else (1.0, ".4g")
     shown: list[str] = [format(scale * value, digits)]
-    if not math.isnan(spread) and column.metric != "lipschitz_upper":
+    if not math.isnan(spread) and not column.metric.startswith(_EXACT):
         shown.append(tag("small", f" ± {format(scale * spread, '.1f' if column.is_share else '.1g')}"))
-    marked = value == best and is_able(str(row["status"]))
+    marked = value == best and _may_win(row, column.metric)
     return tag("td", *shown, class_=classes + (" best" if marked else ""), data_v=f"{value:.6g}")
 
 
@@ -174,9 +204,14 @@ def _best(rows: Sequence[Mapping[Hashable, Any]], metrics: Sequence[str]) -> dic
     values: dict[tuple[str, ...], list[float]] = {}
     for row in rows:
         for metric in metrics:
-            if not math.isnan(row[metric]) and is_able(str(row["status"])):
+            if not math.isnan(row[metric]) and _may_win(row, metric):
                 values.setdefault(_place(row, metric), []).append(row[metric])
     return {place: max(found) for place, found in values.items() if len(found) > 1}
+
+
+def _may_win(row: Mapping[Hashable, Any], metric: str) -> bool:
+    """Whether a row may be the best of a column: no run of it is broken, and no attack whose result it is doubted."""
+    return is_able(str(row["status"])) and not (is_observed(metric) and casts_doubt(str(row.get("flags", ""))))
 
 
 def _place(row: Mapping[Hashable, Any], metric: str) -> tuple[str, ...]:

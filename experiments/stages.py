@@ -1,29 +1,25 @@
-"""Single stages of the main job on one model: `certify train`, `certify attack`."""
+"""Models to work on, and single stages of the main job on one of them: `certify train`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from ..models.imported import import_model
 from .cell import Progress, cell_data, check_cell, load_model, train_cell
-from .checkpoints import load_checkpoint, save_checkpoint
-from .config import FIELDS, CellConfig, ConfigError, usable_attacks
+from .checkpoints import load_checkpoint
+from .config import CellConfig, ConfigError
 from .data import Dataset, load_dataset
-from .evaluation import CertificateViolationError, Evaluation, evaluate
 from .leases import LeaseState, claim
 from .precision import exact_float32
 from .spec import RunSpec
 from .store import RunFolder, StoreError
 from .sweep import check_device
 
-__all__ = ["Opened", "attack_one", "open_model", "train_one"]
+__all__ = ["Opened", "open_model", "train_one"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,47 +102,3 @@ def train_one(spec: RunSpec, output: Path, *, device: str, data_root: Path | Non
     state = "" if not result.diverged else f"; the training diverged ({result.status})"
     console.out(f"best epoch {result.best_epoch}{state}; checkpoint in {folder.path}", highlight=False)
     return folder
-
-
-def attack_one(opened: Opened, settings: Mapping[str, Any], *, console: Console) -> Evaluation:
-    """Attack with `settings` on top of the model's own, print accuracies per attack and eps beside the certified ones.
-
-    Raises:
-        CertificateViolationError: after saving the counterexample in the current folder.
-    """
-    config = _with_settings(opened.config, settings)
-    try:
-        found = evaluate(opened.model, config, opened.data, report=lambda stage: console.out(stage, style="dim"))
-    except CertificateViolationError as error:
-        if not error.example:
-            raise
-        save_checkpoint("counterexample.safetensors", error.example)
-        raise CertificateViolationError(f"{error}; saved in counterexample.safetensors", error.example) from error
-    results = found.results
-    console.out(f"{opened.name}: accuracy on {results['attacked_count']} attacked samples, %", highlight=False)
-    table = Table()
-    table.add_column(f"{config.norm} eps", no_wrap=True)
-    for eps in config.eps:
-        table.add_column(f"{eps:g}", justify="right")
-    rows = {"certified": "certified_accuracy_attacked", "worst case": "worst_case_accuracy"}
-    for title, key in {**rows, **{name: f"accuracy_{name}" for name in config.attacks}}.items():
-        table.add_row(title, *(f"{100 * results[f'{key}_eps_{eps:g}']:.1f}" for eps in config.eps))
-    console.print(table)
-    distance, radius = results["mean_distance"], results["mean_certified_radius_attacked"]
-    if distance is not None:
-        console.out(f"mean certified radius {radius:.4g}, mean smallest distance found {distance:.4g}", highlight=False)
-    return found
-
-
-def _with_settings(config: CellConfig, settings: Mapping[str, Any]) -> CellConfig:
-    """The model's config with other attack settings; a list of one seed stands for itself.
-
-    Without a setting for the attacks, the model's own that know the norm.
-    """
-    seeds = settings.get("seed", [config.seed])
-    if len(seeds) != 1:
-        raise ConfigError(f"seed: expected one, got {len(seeds)}")
-    values = {**{field: getattr(config, field) for field in FIELDS}, **settings, "seed": seeds[0]}
-    if not settings.get("attacks"):
-        values["attacks"] = usable_attacks(config.attacks, values["norm"])
-    return CellConfig(**values)

@@ -102,6 +102,16 @@ class RunFolder:
         return self.path / "closest.safetensors"
 
     @property
+    def adversarial_path(self) -> Path:
+        """The nearest adversarial example of every attacked sample that has one."""
+        return self.path / "adversarial.safetensors"
+
+    @property
+    def attempts_path(self) -> Path:
+        """What each attack did at each eps, in JSON."""
+        return self.path / "attempts.json"
+
+    @property
     def log_path(self) -> Path:
         """What happened, a line an event."""
         return self.path / "log.txt"
@@ -156,13 +166,17 @@ class RunFolder:
         """Finish the run: write its id, all config fields and `results` as one flat JSON row.
 
         Raises:
-            StoreError: a result named as a config field, or a value that is not a finite number, text, truth value or
-                None (for undefined).
+            StoreError: a result named as a config field, or a value that is not a finite number, text, truth value, a
+                list of texts or None (for undefined).
         """
         settings = {"id": self.id, **dataclasses.asdict(self.read_config())}
         if clash := sorted(settings.keys() & results.keys()):
             raise StoreError(f"{self.summary_path}: results named as config fields: {', '.join(clash)}")
-        row = {**settings, "threshold": _threshold_text(settings["threshold"]), **_plain(self.summary_path, results)}
+        row = {
+            **settings,
+            "threshold": _threshold_text(settings["threshold"]),
+            **plain_results(self.summary_path, results),
+        }
         write_atomic(self.summary_path, (json.dumps(row, indent=2, allow_nan=False) + "\n").encode())
 
     def read_summary(self) -> dict[str, Any]:
@@ -216,13 +230,19 @@ def _threshold_text(threshold: float) -> float | str:
     return "inf" if math.isinf(threshold) else threshold
 
 
-def _plain(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+def plain_results(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """Results as JSON values; refuses what JSON cannot hold, so that no NaN is passed on as a number."""
     row = {key: value.item() if hasattr(value, "item") else value for key, value in results.items()}
     for key, value in row.items():
-        if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value)):
-            raise StoreError(f"{path}: {key} = {value!r}, expected a finite number, text, true, false or None")
+        if not _is_plain(value):
+            raise StoreError(f"{path}: {key} = {value!r}, expected a finite number, text, texts, true, false or None")
     return row
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(item, str) for item in value)
+    return isinstance(value, str | int | float | None) and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _write_parquet(path: Path, frame: "pd.DataFrame", columns: tuple[str, ...]) -> None:

@@ -51,7 +51,7 @@ def cells_schema() -> Any:
     """Columns of a table of cells: `id`, then one a config field."""
     import pyarrow as pa
 
-    kinds: dict[Any, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string()}
+    kinds: dict[Any, Any] = {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}
     types: dict[Any, Any] = {**kinds, **{kind | None: column for kind, column in kinds.items()}}
     types |= {tuple[float, ...]: pa.list_(pa.float64()), tuple[str, ...]: pa.list_(pa.string())}
     fields = dataclasses.fields(CellConfig)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import string
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -10,8 +11,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from .attack_notes import CASCADE, SCHEDULE, casts_doubt, is_attacked, is_cascade, is_observed
 from .grouping import BROKEN, DIVERGED, config_labels, group_ids, is_able
-from .tables import DISTANCES, NAMES, OVERVIEW
+from .tables import DISTANCES, EFFORT, NAMES, OVERVIEW
 
 __all__ = ["MISSING", "Block", "Cell", "blocks"]
 
@@ -30,11 +32,21 @@ _HEADERS = {
     "mean_certified_radius_attacked": "certified radius (attacked)",
     "mean_distance": "smallest distance",
     "tightness": "tightness",
+    "tightness_median": "median radius/distance",
+    "attacked_count": "samples attacked",
+    "gradients_per_sample": "gradients a sample",
+    "forwards_per_sample": "forwards a sample",
+    "attack_s": "seconds",
     "certified_accuracy": "certified",
     "certified_accuracy_product": "certified (product)",
     "certified_accuracy_attacked": "certified (attacked)",
     "worst_case_accuracy": "worst case",
 }
+_AFTER_NOTE = "after X: accuracy left by the attack X and the cheaper ones before it"
+_CASCADE_NOTE = "cascade: the accuracy of an attack is what it and the cheaper ones before it left"
+_DOUBT_NOTE = "attacks with flags may have been too weak: masked gradients, or a budget that ended them"
+_SPARED_NOTE = "spared: samples that attacks at that ε left out, since they are certified there"
+_COUNTS = ("attacked_count", "certified_skipped", *EFFORT)  # shown without an interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +77,7 @@ class Block:
     headers: list[str]
     rows: list[tuple[Cell, ...]]
     align: list[_Align]
+    notes: list[str]  # lines below it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,24 +92,66 @@ class _Column:
         return 3 + max(map(len, [*self.header.split(), *(cell.shown() for cell in self.cells)]))
 
 
-def blocks(table: pd.DataFrame, width: float) -> list[Block]:
-    """Cut the columns into accuracy and bounds, distances, and one block an eps, each with the rows' labels."""
+def blocks(table: pd.DataFrame, width: float, *, wide: bool = True) -> list[Block]:
+    """Cut the columns into accuracy and bounds, distances, one block an eps, and the attacks' cost, with rows' labels.
+
+    Blocks of what attacks found name the flags of the attacks; notes below say what they mean.
+
+    Args:
+        table: of `tables`.
+        width: characters that a block may have.
+        wide: also show the seconds of the attacks, and how many certified samples they spared.
+    """
     names = [str(name) for name in table.columns]
     pivoted = [name for name in names if "[" in name]
-    start = names.index(pivoted[0]) if pivoted else names.index("status") + 1
+    start = names.index(pivoted[0]) if pivoted else _start(names)
     constant = _constant(table) if not pivoted else []
     setting = ", ".join(("bound " if name == "bound" else "") + _label(table[name].iloc[0]) for name in constant)
-    labels = [_label_column(table, name) for name in names[:start] if name not in constant and _is_shown(table, name)]
+    shown = [name for name in names[:start] if name not in constant and _is_shown(table, name)]
     found = []
-    for title, metrics in _groups(table, names[start:]).items():
+    for title, metrics in _groups(table, names[start:], wide).items():
+        labels = [_label_column(table, name) for name in shown if name != "flags" or any(map(is_attacked, metrics))]
         for chunk in _chunks([_column(table, metric) for metric in metrics], width - sum(one.width for one in labels)):
             columns = [*labels, *chunk]
             spread = ", mean ± 95 % interval" if any("±" in cell.text for one in chunk for cell in one.cells) else ""
             rows = list(zip(*(one.cells for one in columns), strict=True))
             heads = [one.header for one in columns]
             full = (f"{setting}: {title}" if setting else title) + spread
-            found.append(Block(full, heads, rows, [one.align for one in columns]))
+            found.append(Block(full, heads, rows, [one.align for one in columns], []))
+        found[-1].notes.extend(_notes(table, metrics))
     return found
+
+
+def _start(names: Sequence[str]) -> int:
+    """Where the results of a robustness table begin."""
+    return 1 + max(names.index(name) for name in ("status", "flags", SCHEDULE) if name in names)
+
+
+def _notes(table: pd.DataFrame, metrics: Sequence[str]) -> list[str]:
+    """What the flags, and the headers of attacks, mean that stand in blocks of these results."""
+    places = [f"notes[{name.partition('[')[2]}" for name in metrics if "[" in name]
+    words = {word for name in places for text in table.get(name, ()) for word in text.split(", ")}
+    marks = _marks(table) if any(map(is_attacked, metrics)) and not places else {}
+    single = any(name.startswith("accuracy_") for name in metrics) and not places
+    cascade = CASCADE in words or (single and SCHEDULE in table and table[SCHEDULE].map(is_cascade).any())
+    notes = {
+        _AFTER_NOTE if _is_all_cascade(table) else _CASCADE_NOTE: cascade,
+        **{f"{mark}: {text}": True for text, mark in marks.items()},
+        _DOUBT_NOTE: bool(marks or words - {"", CASCADE}),
+        _SPARED_NOTE: any(name.startswith("certified_skipped") for name in metrics),
+    }
+    return [note for note, is_true in notes.items() if is_true]
+
+
+def _marks(table: pd.DataFrame) -> dict[str, str]:
+    """A letter for each text of flags, which would be wider than all else."""
+    texts = dict.fromkeys(text for text in table.get("flags", ()) if text)
+    letters = string.ascii_uppercase
+    return {text: letters[at // 26 - 1] * (at >= 26) + letters[at % 26] for at, text in enumerate(texts)}
+
+
+def _is_all_cascade(table: pd.DataFrame) -> bool:
+    return SCHEDULE in table and bool(table[SCHEDULE].map(is_cascade).all())
 
 
 def _constant(table: pd.DataFrame) -> list[str]:
@@ -113,13 +168,15 @@ def _is_shown(table: pd.DataFrame, name: str) -> bool:
         return bool(table["runs"].max() > 1)
     if name == "done":
         return bool(table["done"].ne(table["runs"]).any() and table["runs"].max() > 1)
+    if name == SCHEDULE:
+        return table[name].nunique(dropna=False) > 1
     return name != "status" or bool(table["status"].ne("").any())
 
 
-def _groups(table: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
+def _groups(table: pd.DataFrame, names: Sequence[str], wide: bool) -> dict[str, list[str]]:
     """Results by the title of their block."""
     values = [name for name in names if not name.partition("[")[0].endswith("_ci95")]
-    pivoted = [name for name in values if "[" in name and not name.startswith(("runs[", "status["))]
+    pivoted = [name for name in values if "[" in name and not name.startswith(("runs[", "status[", "notes["))]
     if pivoted:
         return {_pivot_title(pivoted[0].partition("[")[0]): pivoted}
     subset = bool((table["attacked_count"] < table["test_count"]).any())
@@ -129,9 +186,11 @@ def _groups(table: pd.DataFrame, names: Sequence[str]) -> dict[str, list[str]]:
         "radii and distances in input units": [name for name in values if name in DISTANCES],
     }
     for name in values:
-        if key := name.partition("_eps_")[2]:
+        if (key := name.partition("_eps_")[2]) and "accuracy" in name:
             groups.setdefault(f"accuracy (%) at ε = {key}", []).append(name)
-    return groups
+    effort = [name for name in values if name in (EFFORT if wide else EFFORT[:2])]
+    skipped = [name for name in values if name.startswith("certified_skipped") and wide]
+    return groups | ({"attacks": ["attacked_count", *effort, *skipped]} if effort else {})
 
 
 def _pivot_title(value: str) -> str:
@@ -155,7 +214,9 @@ def _chunks(columns: Sequence[_Column], width: float) -> list[list[_Column]]:
 def _label_column(table: pd.DataFrame, name: str) -> _Column:
     numeric = pd.api.types.is_numeric_dtype(table[name])
     bad = map(_is_bad, table["status"] if "status" in table else [""] * len(table))
-    cells = [Cell(_label(value), bad=one) for value, one in zip(table[name], bad, strict=True)]
+    marks = _marks(table) if name == "flags" else {}
+    values = [marks.get(value, "") for value in table[name]] if name == "flags" else table[name]
+    cells = [Cell(_label(value), bad=one) for value, one in zip(values, bad, strict=True)]
     return _Column(name, cells, "right" if numeric else "left")
 
 
@@ -169,21 +230,29 @@ def _column(table: pd.DataFrame, name: str) -> _Column:
     """The cells of a result; in a pivot each with the state of its runs, blank where none are planned."""
     value, bracket, head = name.partition("[")
     place = bracket + head
-    half = table.get(f"{value}_ci95{place}", pd.Series(math.nan, table.index))
+    interval = "" if value.startswith(_COUNTS) else f"{value}_ci95{place}"
+    half = table.get(interval, pd.Series(math.nan, table.index))
     status = table[f"status{place}"].tolist()
+    doubts = table.get(f"notes{place}" if place else "flags", pd.Series("", table.index)).tolist()
+    able = [
+        is_able(one) and not (is_observed(value) and casts_doubt(doubt))
+        for one, doubt in zip(status, doubts, strict=True)
+    ]
+    told = [", ".join(filter(None, pair)) if place else "" for pair in zip(status, doubts, strict=True)]
     planned = table[f"runs{place}"].tolist() if place else [1] * len(table)
     shown = [_mean(*pair, percent="accuracy" in value) for pair in zip(table[name], half, strict=True)]
     best = [False] * len(table)
     means, numbers = table[name].to_numpy(np.float64), [number for _, number in shown]
     for rows in _comparable(table):
-        found = _best(means[rows], [numbers[at] for at in rows], [status[at] for at in rows], _direction(value))
+        found = _best(means[rows], [numbers[at] for at in rows], [able[at] for at in rows], _direction(value))
         for at, one in zip(rows, found, strict=True):
             best[at] = one
     cells = [
-        Cell(text, note if place else "", first, _is_bad(note)) if count else Cell("")
-        for (text, _), note, first, count in zip(shown, status, best, planned, strict=True)
+        Cell(text, note, first, _is_bad(state)) if count else Cell("")
+        for (text, _), note, state, first, count in zip(shown, told, status, best, planned, strict=True)
     ]
-    return _Column(re.sub(r"=inf(?=,|$)", "=∞", head.removesuffix("]")) or _header(value), cells, "right")
+    header = re.sub(r"=inf(?=,|$)", "=∞", head.removesuffix("]")) or _header(value, cascade=_is_all_cascade(table))
+    return _Column(header, cells, "right")
 
 
 def _comparable(table: pd.DataFrame) -> list[list[int]]:
@@ -195,8 +264,12 @@ def _comparable(table: pd.DataFrame) -> list[list[int]]:
     return [[at for at, one in enumerate(ids) if one == group] for group in sorted(set(ids))]
 
 
-def _header(metric: str) -> str:
-    kind = metric.partition("_eps_")[0]
+def _header(metric: str, *, cascade: bool = False) -> str:
+    kind, _, eps = metric.partition("_eps_")
+    if kind == "certified_skipped":
+        return f"spared at {eps}"
+    if cascade and kind.startswith("accuracy_"):
+        return f"after {kind.removeprefix('accuracy_')}"
     return _HEADERS.get(kind, kind.removeprefix("accuracy_"))
 
 
@@ -207,10 +280,10 @@ def _direction(metric: str) -> int:
     return -1 if metric == "step_ratio" else 0
 
 
-def _best(means: _Floats, shown: Sequence[float], status: Sequence[str], direction: int) -> list[bool]:
+def _best(means: _Floats, shown: Sequence[float], fit: Sequence[bool], direction: int) -> list[bool]:
     """Which rows are best, with those that look equal as they are shown; none where fewer than two have a number."""
     known = ~np.isnan(means)
-    able = known & np.array([is_able(text) for text in status])
+    able = known & np.array(fit)
     if not direction or np.count_nonzero(known) < 2 or not able.any():
         return [False] * len(means)
     top = means == direction * (direction * means[able]).max()

@@ -66,7 +66,8 @@ def to_markdown(table: pd.DataFrame) -> str:
     for block in blocks(table, math.inf):
         rows = [[cell.shown("**{}**").replace("|", "\\|") for cell in row] for row in block.rows]
         text = tabulate(rows, block.headers, "github", disable_numparse=True, colalign=block.align)
-        parts.append(f"**{block.title}**\n\n{text}\n")
+        notes = "".join(f"\n{note}\n" for note in block.notes)
+        parts.append(f"**{block.title}**\n\n{text}\n{notes}")
     return "\n".join(parts)
 
 
@@ -83,19 +84,24 @@ def to_latex(table: pd.DataFrame) -> str:
             rf"\begin{{tabular}}{{{''.join(align[0] for align in block.align)}}}",
             *(r"\toprule", head, r"\midrule", *body, r"\bottomrule"),
             r"\end{tabular}",
+            *(rf"\par{{\footnotesize {_latex(note)}}}" for note in block.notes),
             r"\end{table}",
         ]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def print_table(table: pd.DataFrame, console: "Console | None" = None) -> None:
-    """Show the table in a terminal, in blocks as wide as it; 100 columns or more read well."""
+def print_table(table: pd.DataFrame, console: "Console | None" = None, *, wide: bool = False) -> None:
+    """Show the table in a terminal, in blocks as wide as it; 100 columns or more read well.
+
+    Args:
+        wide: also the results that the default leaves to the files, see `blocks`.
+    """
     from rich.console import Console
     from rich.segment import Segments
 
     console = console or Console()
-    for block in blocks(table, console.width):
+    for block in blocks(table, console.width, wide=wide):
         console.print(Segments(list(_segments(block))), soft_wrap=True)
 
 
@@ -118,6 +124,8 @@ def _segments(block: Block) -> Iterator["Segment"]:
         for (text, style), width, side in zip(row, widths, sides, strict=True):
             yield Segment(f" {text:{side}{width}}  ", Style.parse(style) if style else None)
         yield Segment("\n")
+    for note in block.notes:
+        yield Segment(f" {note}\n", Style(dim=True))
     yield Segment("\n")
 
 

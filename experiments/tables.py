@@ -13,12 +13,14 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
+from .attack_notes import CASCADE, SCHEDULE, group_notes, is_attacked, is_cascade, with_effort
 from .config import ATTACKS, FIELDS
 from .grouping import config_labels, group_ids, group_runs, in_order
 from .index import find_runs
 
 __all__ = [
     "DISTANCES",
+    "EFFORT",
     "NAMES",
     "OVERVIEW",
     "Runs",
@@ -32,9 +34,21 @@ Runs: TypeAlias = str | Path | Sequence[str | Path] | pd.DataFrame  # output fol
 
 NAMES = ("dataset", "model", "norm")  # always columns of the robustness table, shown only where they differ
 OVERVIEW = ("clean_accuracy", "lipschitz_upper", "lipschitz_lower", "gradient_norm", "step_ratio")
-DISTANCES = ("mean_certified_radius", "mean_certified_radius_attacked", "mean_distance", "tightness")
+DISTANCES = (
+    "mean_certified_radius",
+    "mean_certified_radius_attacked",
+    "mean_distance",
+    "tightness",
+    "tightness_median",
+)
+EFFORT = ("gradients_per_sample", "forwards_per_sample", "attack_s")
 
 _COUNTS = ("test_count", "attacked_count")
+_LATER = (
+    "tightness_median",
+    *EFFORT,
+    "certified_skipped",
+)  # beginnings of results that runs of earlier versions do not have
 _SPANNED = ("constraint", "threshold", "seed")
 _BOOKKEEPING = ("folder", "id", "state", "finished", "error")
 
@@ -89,9 +103,11 @@ def robustness_table(
     Columns: `dataset`, `model`, `norm`, `bound` where it is not always the product, the differing settings,
     `constraint`, `threshold`, or those of `by`; where
     aggregated `runs`, how many are planned, and `done`, how many of them are finished, else `seed`; `status`, empty
-    where all is well, else how many runs diverged, failed or are not finished, or whose certificate broke; then the
-    results named as in `summary.json`, NaN where there is none. Where aggregated a result is the mean over the finished
-    runs that have it, and `<result>_ci95` the half-width of its interval, see `half_width`.
+    where all is well, else how many runs diverged, failed or are not finished, or whose certificate broke;
+    `attack_schedule` and `flags` where they matter, see `group_notes`; then the results named as in `summary.json`, and
+    `gradients_per_sample` and `forwards_per_sample`, the evaluations that the attacks made a sample attacked; NaN where
+    there is none. Where aggregated a result is the mean over the finished runs that have it, and `<result>_ci95` the
+    half-width of its interval, see `half_width`.
 
     Args:
         runs: an output folder, several, or the frame of `find_runs`.
@@ -105,7 +121,7 @@ def robustness_table(
     """
     if by is not None and not aggregate:
         raise ValueError("a row a seed needs seed among the fields of by, got by together with aggregate=False")
-    frame = collect_runs(runs)
+    frame = with_effort(collect_runs(runs))
     if by is None:
         tighter = ["bound"] if "bound" in frame and frame["bound"].dropna().ne("product").any() else []
         extra = [*tighter, *(field for field in differing_settings(frame) if field not in (*NAMES, *tighter))]
@@ -113,8 +129,13 @@ def robustness_table(
     else:
         keys = _fields(by)
     metrics = _metrics(frame, eps)
-    table = in_order(group_runs(frame, keys, metrics), keys).reset_index(drop=True)
-    return table if aggregate else table[[*keys, "status", *metrics]]
+    table, notes = group_runs(frame, keys, metrics), group_notes(frame, keys)
+    first, rest = [*keys, "status"], metrics
+    if aggregate:
+        first = [*keys, "runs", "done", "status"]
+        rest = [name for name in table.columns if name not in first]
+    table = pd.concat([table[first], notes, table[rest]], axis="columns")
+    return in_order(table, keys).reset_index(drop=True)
 
 
 def pivot_table(
@@ -129,7 +150,8 @@ def pivot_table(
 
     Columns: the fields of `rows`; then for each combination of the values of `columns`, written as in
     `[threshold=0.5, norm=l2]`, `<value>[…]`, `<value>_ci95[…]` (see `half_width`), `runs[…]`, how many are planned, 0
-    where the study has none there, and `status[…]`, as in `robustness_table`.
+    where the study has none there, and `status[…]`, as in `robustness_table`; and, where there is any, `notes[…]`:
+    the flags of the attacks behind the result, and "cascade" for the accuracy of a single attack of a cascade.
 
     Args:
         runs: an output folder, several, or the frame of `find_runs`.
@@ -144,23 +166,35 @@ def pivot_table(
     down, across = _fields(rows), _fields(columns)
     if twice := [field for field in down if field in across]:
         raise ValueError(f"expected every field in rows or in columns, got {', '.join(twice)} in both")
-    frame = collect_runs(runs)
+    frame = with_effort(collect_runs(runs))
     name = value if eps is None else f"{value}_eps_{eps:g}"
     _refuse_unknown("result", [name], _results(frame))
-    cells = in_order(group_runs(frame, [*down, *across], [name]), [*down, *across]).reset_index(drop=True)
+    notes = _notes(frame, [*down, *across], name)
+    cells = pd.concat([group_runs(frame, [*down, *across], [name]), notes], axis="columns")
+    cells = in_order(cells, [*down, *across]).reset_index(drop=True)
     row = group_ids(cells, down)
     column = group_ids(in_order(cells, across), across).sort_index()
-    wide = cells[[name, f"{name}_ci95", "runs", "status"]].set_index([row, column]).unstack()
-    filled = {"runs": wide["runs"].fillna(0).astype(int), "status": wide["status"].fillna("")}
+    names = (name, f"{name}_ci95", "runs", "status", *notes.columns)
+    wide = cells[[*names]].set_index([row, column]).unstack()
+    filled = {"runs": wide["runs"].fillna(0).astype(int)}
+    filled |= {text: wide[text].fillna("") for text in ("status", *notes.columns)}
     firsts = cells[across].loc[column.drop_duplicates().sort_values().index]
     heads = [_head(across, values) for values in firsts.itertuples(index=False)]
-    parts = {
-        f"{part}[{head}]": filled.get(part, wide[part])[at]
-        for at, head in enumerate(heads)
-        for part in (name, f"{name}_ci95", "runs", "status")
-    }
+    parts = {f"{part}[{head}]": filled.get(part, wide[part])[at] for at, head in enumerate(heads) for part in names}
     labels = cells.loc[~row.duplicated(), down].reset_index(drop=True)
     return pd.DataFrame({key: labels[key] for key in down} | parts)
+
+
+def _notes(frame: pd.DataFrame, keys: Sequence[str], name: str) -> pd.DataFrame:
+    """What is to know of the attacks behind a result in each group of a pivot: a column `notes`, or none."""
+    found = group_notes(frame, keys)
+    blank = pd.Series("", found.index)
+    flags = found.get("flags", blank) if is_attacked(name) else blank
+    schedule = frame.get(SCHEDULE, pd.Series(None, frame.index, dtype=object))
+    ids = group_ids(config_labels(frame, keys), keys)
+    cascade = schedule.map(is_cascade).groupby(ids).any() & name.startswith("accuracy_")
+    texts = [", ".join(filter(None, [flag, CASCADE * bool(one)])) for flag, one in zip(flags, cascade, strict=True)]
+    return pd.DataFrame({"notes": texts} if any(texts) else {}, index=found.index)
 
 
 def _head(keys: Sequence[str], values: Iterable[Any]) -> str:
@@ -184,11 +218,19 @@ def _metrics(frame: pd.DataFrame, chosen: Iterable[float] | None) -> list[str]:
         if absent := [key for key in keys if key not in known]:
             raise ValueError(f"nothing was evaluated at eps {', '.join(absent)}, expected some of {', '.join(known)}")
     used = _items(frame, "attacks")
-    attacks = [f"accuracy_{name}" for name in ATTACKS if name in used]
+    ran = {str(name).partition("_eps_")[0] for name in frame.columns}  # an audit adds an attack
+    attacks = [f"accuracy_{name}" for name in ATTACKS if name in used or f"accuracy_{name}" in ran]
     compared = [name for name in frame.columns if str(name).startswith("certified_accuracy_product_eps_")]
     by_product = ["certified_accuracy_product"] if bool(frame[compared].notna().any(axis=None)) else []
     kinds = ["certified_accuracy", *by_product, "certified_accuracy_attacked", "worst_case_accuracy", *attacks]
-    return [*OVERVIEW, *DISTANCES, *_COUNTS, *(f"{kind}_eps_{key}" for key in keys for kind in kinds)]
+    kinds += ["certified_skipped"]
+    found = [*OVERVIEW, *DISTANCES, *_COUNTS, *EFFORT, *(f"{kind}_eps_{key}" for key in keys for kind in kinds)]
+    return [name for name in found if not name.startswith(_LATER) or _is_known(frame, name)]
+
+
+def _is_known(frame: pd.DataFrame, name: str) -> bool:
+    """Whether any run has a result of this name."""
+    return name in frame and bool(frame[name].notna().any())
 
 
 def _items(frame: pd.DataFrame, field: str) -> set[Any]:
@@ -199,7 +241,7 @@ def _items(frame: pd.DataFrame, field: str) -> set[Any]:
 
 def _results(frame: pd.DataFrame) -> list[str]:
     """Names of all results that are numbers, those of the table first."""
-    first = _metrics(frame, None)
+    first = list(dict.fromkeys([*_metrics(frame, None), "tightness_median", *EFFORT]))
     others = [name for name in frame.columns if name not in {*first, *FIELDS, *_BOOKKEEPING}]
     return first + [name for name in others if _is_numeric(frame[name].dropna())]
 

@@ -14,7 +14,14 @@ from speccert.attacks import Attack, attack, available_attacks, is_minimum_norm,
 
 QUICK: dict[str, dict[str, Any]] = {
     "pgd": {"steps": 5, "restarts": 2},
+    "apgd-ce": {"steps": 5, "restarts": 2},
+    "apgd-dlr": {"steps": 5},
+    "apgd-t": {"steps": 5, "targets": 2},
+    "fab": {"steps": 5, "restarts": 2},
+    "square": {"queries": 8, "restarts": 2},
     "autoattack": {"steps": 3, "queries": 8},
+    "eot-pgd": {"steps": 5, "averages": 2},
+    "spsa": {"steps": 2, "directions": 20},
     "cw": {"steps": 20, "searches": 2},
     "ddn": {"steps": 20},
     "fmn": {"steps": 20},
@@ -83,7 +90,7 @@ def test_result_keeps_its_contract(name: str, norm: str, shape: tuple[int, ...])
     assert torch.equal(result.x_adv[-1], x[-1])
     assert result.accuracy == pytest.approx(1 - result.success.double().mean().item())
     assert repr(make_attack(name, **QUICK.get(name, {}))) == result.attack
-    assert result.gradients > 0
+    assert (result.gradients > 0) == (name not in ("square", "spsa"))
     assert result.forwards > 0
 
 
@@ -154,6 +161,26 @@ def test_minimum_norm_attack_without_eps_returns_the_nearest_point() -> None:
     assert torch.equal(held.x_adv[~held.success], x[~held.success])
 
 
+@pytest.mark.parametrize(("name", "norm"), [case for case in CASES if is_minimum_norm(case[0])])
+def test_wrong_certified_radii_hide_nothing(name: str, norm: str) -> None:
+    model, x, y = problem()
+    chosen = make_attack(name, **QUICK.get(name, {}))
+    free = chosen(model, x, y, norm=norm)
+    claimed = torch.where(free.distance.isfinite(), 1.1 * free.distance, 0.0)
+    result = chosen(model, x, y, norm=norm, certified=claimed)
+    assert (free.distance[:-1].isfinite()).any()
+    assert (result.distance < claimed)[:-1][claimed[:-1] > 0].all()
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd"])
+def test_right_certified_radii_change_no_success(name: str) -> None:
+    model, x, y = problem()
+    nearest = attack(model, x, y, "fmn").distance
+    free, held = (make_attack(name)(model, x, y, eps=0.3, certified=radii) for radii in (None, 0.9 * nearest))
+    assert torch.equal(free.x_adv, held.x_adv)
+    torch.testing.assert_close(free.distance, held.distance, rtol=1e-2, atol=1e-6)
+
+
 def test_refine_changes_distances_only() -> None:
     model, x, y = problem()
     refined, plain = (attack(model, x, y, "pgd", eps=2.0, steps=5, refine=refine) for refine in (True, False))
@@ -173,7 +200,7 @@ def test_tie_is_a_success_at_distance_zero() -> None:
 
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_constant_model_withstands(name: str, norm: str) -> None:
-    """No gradient anywhere: nothing is found, and torchattacks' divisions by zero do no harm."""
+    """No gradient anywhere: nothing is found, and no division by zero does harm."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4))
     nn.init.zeros_(model[1].weight)
     with torch.no_grad():
@@ -202,13 +229,17 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"eps": -0.1}, "eps must be a finite number >= 0 .* got -0.1"),
     ({"eps": float("nan")}, "eps must be a finite number >= 0"),
     ({"eps": None}, "eps must be given for the attack 'pgd'"),
-    ({"norm": "l3"}, "norm must be one of l2, linf, got 'l3'"),
+    ({"norm": "l3"}, "norm must be one of l2, linf, l1, got 'l3'"),
     ({"name": "ddn", "norm": "linf"}, "norm must be one of l2, got 'linf'"),
     (
         {"name": "bim"},
         "attack must be one of fgsm, pgd, .*, fmn, rounding-search, got 'bim'",
     ),
-    ({"step": 3}, "options of 'pgd' are refine, steps, restarts, alpha, random_start, got step"),
+    ({"step": 3}, "options of 'pgd' are refine, steps, restarts, alpha, random_start, loss, momentum, got step"),
+    ({"loss": "hinge"}, "loss must be one of ce, margin, dlr, logit-difference, cycle, got 'hinge'"),
+    ({"momentum": 1.0}, r"momentum must be a number in \(0, 1\), got 1.0"),
+    ({"name": "autoattack", "version": "rand"}, "version must be one of standard, plus, got 'rand'"),
+    ({"name": "fab", "targets": 0}, "targets must be an integer >= 1, got 0"),
     ({"steps": 0}, "steps must be an integer >= 1, got 0"),
     ({"alpha": -1.0}, r"alpha must be a number in \(0, inf\), got -1.0"),
     ({"name": "ddn", "gamma": 1.5}, r"gamma must be a number in \(0, 1\), got 1.5"),
@@ -229,9 +260,12 @@ def test_bad_calls_raise_one_line(change: dict[str, Any], message: str) -> None:
 
 
 def test_names_and_kinds() -> None:
-    assert available_attacks("l2") == ("fgsm", "pgd", "autoattack", "deepfool", "cw", "ddn", "fmn", "rounding-search")
-    assert available_attacks("linf", minimum_norm=False) == ("fgsm", "pgd", "autoattack")
-    assert available_attacks("l1", minimum_norm=True) == ("deepfool", "fmn", "rounding-search")
+    fixed = ("fgsm", "pgd", "apgd-ce", "apgd-dlr", "apgd-t", "square", "autoattack")
+    nearest = ("deepfool", "cw", "ddn", "fmn", "rounding-search")
+    assert available_attacks("l2") == (*fixed[:5], "fab", *fixed[5:], *nearest)
+    assert available_attacks("linf", minimum_norm=False) == fixed
+    assert available_attacks("l1", minimum_norm=False) == ("fgsm", "pgd")
+    assert available_attacks("l1", minimum_norm=True) == ("fab", "deepfool", "fmn", "rounding-search")
     assert is_minimum_norm("fmn")
     assert not is_minimum_norm("pgd")
     with pytest.raises(ValueError, match="norm must be one of l2, linf, l1, got 'l0'"):

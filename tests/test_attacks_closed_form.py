@@ -45,7 +45,7 @@ def test_minimum_norm_attacks_reach_the_closed_form(name: str, norm: str, classe
     result = attack(model, x, y, name, norm=norm)
     assert result.success.all()
     assert (result.distance >= exact * (1 - 1e-9)).all()
-    assert (result.distance <= exact * 1.01).all()
+    assert (result.distance <= exact * (1.01 if name == "fab" else 1.001)).all()
 
 
 @pytest.mark.parametrize("shape", [(20,), (1, 4, 5), (5, 2, 2)], ids=str)

@@ -76,3 +76,15 @@ def test_segment_never_goes_farther_than_asked(seed: int, t: float) -> None:
 def test_margin_is_at_least_zero_on_a_tie() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
     assert margin(logits, torch.tensor([0, 0, 1])).tolist() == [-1.0, 0.0, 2.0]
+
+
+def test_certified_radii_are_zero_unless_given_and_stay_with_their_samples() -> None:
+    x = torch.rand(4, 3)
+    plain = task(x, "l2", 1.0)
+    assert plain.certified.dtype == torch.float64
+    assert plain.certified.tolist() == [0.0] * 4
+    radii = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    told = Task(plain.victim, x, plain.y, plain.norm, 1.0, 0, radii)
+    assert told[torch.tensor([3, 1])].certified.tolist() == [0.4, 0.2]
+    assert told[torch.tensor([True, False, False, True])].certified.tolist() == [0.1, 0.4]
+    assert plain[torch.tensor([2])].certified.tolist() == [0.0]

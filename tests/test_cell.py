@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 def test_a_run_folder_has_these_files_and_no_others(finished):
     folder, summary, _ = finished
     names = {"config.json", "checkpoint.safetensors", "samples.parquet", "history.parquet", "summary.json"}
-    names |= {"bounds.json", "closest.safetensors"}
+    names |= {"bounds.json", "attempts.json", "adversarial.safetensors", "closest.safetensors"}
     assert {path.name for path in folder.path.iterdir()} == names
     assert summary == folder.read_summary()
     assert folder.read_config() == tiny()
@@ -50,6 +50,7 @@ def test_the_summary_is_flat_strict_json_with_all_its_keys(finished):
     assert all(isinstance(value, str | int | float | list | None) for value in raw.values())
     keys = {"id", "clean_accuracy", "lipschitz_upper", "lipschitz_lower", "mean_certified_radius", "mean_distance"}
     keys |= {"mean_certified_radius_attacked", "tightness", "gradient_norm", "step_s", "step_ratio", "train_s"}
+    keys |= {"tightness_median", "attack_forwards", "attack_gradients", "attack_s", "attack_complete", "masking_flags"}
     keys |= {"evaluate_s", "test_count", "attacked_count", "best_epoch", "diverged", "speccert_version"}
     keys |= {
         "ranks",
@@ -68,6 +69,7 @@ def test_the_summary_is_flat_strict_json_with_all_its_keys(finished):
             "worst_case_accuracy",
             "accuracy_fgsm",
             "accuracy_ddn",
+            "certified_skipped",
         )
         keys |= {f"{name}_eps_{eps}" for name in names}
     assert keys <= summary.keys()
@@ -97,6 +99,31 @@ def test_summary_and_rows_agree(finished):
     assert summary["best_epoch"] in (1, 2)
 
 
+def test_what_the_attacks_did_is_kept(finished):
+    folder, summary, _ = finished
+    attempts = json.loads(folder.attempts_path.read_text())
+    assert [(row["attack"], row["eps"]) for row in attempts] == [
+        *(("fgsm", eps) for eps in (0.1, 0.3, 0.5)),
+        ("ddn", None),
+    ]
+    assert summary["attack_gradients"] == sum(row["gradients"] for row in attempts)
+    assert isinstance(summary["masking_flags"], list)
+    kept = load_file(folder.adversarial_path)
+    samples = folder.read_samples().set_index("index")
+    assert kept["distance"].tolist() == samples.loc[kept["index"].tolist(), "distance"].tolist()
+    assert len(kept["index"]) == summary["found_count"] - (samples["distance"] == 0).sum() > 0
+    attacked = samples[samples["attacked"]]
+    assert attacked["attempted_ddn"].tolist() == (attacked["distance"] > 0).tolist()
+
+
+def test_pixels_that_are_not_whole_are_refused_before_any_training(tmp_path):
+    config = tiny(integer_pixels=True)  # digits have 17 levels
+    for call in (lambda: run_cell(config, into(tmp_path)), lambda: check_cell(config, cell_data(config, None))):
+        with pytest.raises(ValueError, match="integer_pixels: expected test samples whose pixels are k/255"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_saved_model_gives_the_saved_radii(finished):
     folder, _, _ = finished
     data = cell_data(tiny(), None)
@@ -112,10 +139,13 @@ def test_progress_goes_from_training_through_the_epochs_to_the_attacks(finished)
     folder, _, reports = finished
     assert {report.id for report in reports} == {folder.id}
     stages = [report.stage.split(" loss")[0] for report in reports]
-    attacks = ["fgsm eps 0.1", "fgsm eps 0.3", "fgsm eps 0.5", "ddn"]
-    ends = ["step time", "writing"]
-    assert stages == ["training", "epoch 1/2", "epoch 2/2", "trained", "bounds", "radii", *attacks, *ends]
-    assert [report.fraction for report in reports] == [0.0, 0.5, *[1.0] * 10]
+    attacks = [f"fgsm eps {eps}" for eps in (0.1, 0.3, 0.5)]  # but where nothing stands or all is certified
+    ends = ["diagnostics", "step time", "writing"]
+    assert stages[:6] == ["training", "epoch 1/2", "epoch 2/2", "trained", "bounds", "radii"]
+    told = [stage.partition(":")[0] for stage in stages[6:]]
+    assert told == [*(one for one in attacks if one in told), "ddn", *ends]
+    assert len(told) > 4
+    assert [report.fraction for report in reports] == [0.0, 0.5, *[1.0] * (len(reports) - 2)]
 
 
 def test_a_cell_starts_from_the_weights_of_another_run(finished, tmp_path):
@@ -131,11 +161,12 @@ def test_a_cell_starts_from_the_weights_of_another_run(finished, tmp_path):
 def test_a_training_that_diverges_is_told_and_evaluated(tmp_path):
     summary = run_cell(tiny(optimizer="sgd", lr=1e30, constraint="none", threshold=math.inf), into(tmp_path))
     assert (summary["diverged"], summary["status"], summary["best_epoch"]) == (True, "non-finite", 0)
+    assert summary["masking_flags"] is None
     assert summary["gradient_norm"] is None or math.isfinite(summary["gradient_norm"])
     assert summary["certified_accuracy_attacked_eps_0.1"] <= summary["worst_case_accuracy_eps_0.1"]
 
 
-def broken(model, config, data, report):
+def broken(model, config, data, report, diagnosed):
     raise CertificateViolationError("certificate broken: sample 3", {"x": torch.ones(2), "radius": torch.tensor(0.5)})
 
 
@@ -191,7 +222,10 @@ class Stopped(Exception):
     """Raised by a report, as where the lease was lost."""
 
 
-WRITTEN = ("history.parquet", "checkpoint.safetensors", "samples.parquet", "bounds.json", "closest.safetensors")
+WRITTEN = (
+    *("history.parquet", "checkpoint.safetensors", "samples.parquet", "bounds.json", "attempts.json"),
+    *("adversarial.safetensors", "closest.safetensors"),
+)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,88 @@ def test_bound_and_attack_of_a_run_folder(folder, certify):
     assert certify("attack", folder, "--norm", "linf", "--samples", "3")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--schedule", "all"), "attack_schedule = 'all': expected one of cascade, each"),
+        (("--attacks", "pdg"), "attacks = ('pdg',): expected a list of different names out of fgsm, pgd, apgd-ce"),
+        (("--max-gradients", "0"), "max_gradients = 0: expected an integer >= 1, or unset"),
+        (("--max-seconds", "soon"), "max_seconds = 'soon': expected seconds > 0, such as 90, 90s or 2m, or unset"),
+        (("--norm", "l1", "--attacks", "square"), "attacks = square: not for norm l1, expected some of fgsm, pgd, fab"),
+        (
+            ("--output", "mine"),
+            "output: expected a new folder, an empty one, or one of an earlier attack; mine holds a",
+        ),
+    ],
+)
+def test_bad_options_of_an_attack_end_in_one_line(options, message, folder, certify, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a").touch()
+    code, out, err = certify("attack", folder, *options)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert message in err[0]
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["a"]
+
+
+def test_an_attack_with_all_its_options(folder, certify, tmp_path):
+    options = (
+        "--attacks",
+        "pgd,fmn",
+        "--norm",
+        "linf",
+        "--eps",
+        "0.02,0.1",
+        "--samples",
+        "6",
+        "--seed",
+        "2",
+        "--audit",
+    )
+    limits = ("--max-gradients", "2000", "--max-seconds", "10m", "--batch-size", "4", "--schedule", "cascade")
+    code, out, err = certify("attack", folder, *options, *limits, "--output", "found/here")
+    assert (code, err) == (0, [])
+    assert all(len(line) <= 100 for line in out.splitlines() if "│" in line)
+    assert "after rounding-search" in out
+    assert out.splitlines()[-1] == "results: found/here"
+    row = json.loads((tmp_path / "found" / "here" / "summary.json").read_text())
+    limits = (row["max_gradients"], row["max_seconds"], row["audit"], row["attacked_count"], row["seed"])
+    assert limits == (2000, 600.0, True, 6, 2)
+    assert row["certified_skipped_eps_0.02"] == 0
+    assert certify("attack", folder, "--samples", "3", "--output", "found/here")[0] == 0
+
+
+def test_a_model_without_a_certificate_is_attacked(certify, tmp_path):
+    name = f"softmax_{os.getpid()}"
+    (tmp_path / f"{name}.py").write_text(MODEL.replace("num_classes))", "num_classes), nn.LayerNorm(num_classes))"))
+    given = (f"{name}:build", "--dataset", "digits", "--attacks", "autoattack", "--eps", "0.5", "--samples", "4")
+    code, out, err = certify("attack", *given, "--max-gradients", "500", "--output", "found")
+    assert (code, err) == (0, [])
+    assert "no certificate: 2: no Lipschitz rule for torch.nn.modules.normalization.LayerNorm" in out
+    row = json.loads((tmp_path / "found" / "summary.json").read_text())
+    assert row["no_certificate"].startswith("2: no Lipschitz rule")
+    assert (
+        not pd.read_parquet(tmp_path / "found" / "samples.parquet")[["radius_l2", "radius_linf", "radius_l1"]]
+        .any()
+        .any()
+    )
+    code, _, err = certify("bound", *given[:3])
+    assert (code, len(err)) == (1, 1)
+
+
+def test_a_broken_certificate_ends_an_attack_with_its_example(certify, tmp_path, monkeypatch):
+    name = f"broken_attack_{os.getpid()}"
+    (tmp_path / f"{name}.py").write_text(MODEL)
+    weight = torch.eye(10, 64) / 2
+    save_checkpoint(tmp_path / "weights.safetensors", {"1.weight": weight, "1.bias": torch.zeros(10)})
+    rule = rules.Rule(linear=lambda call: Dense(call.module.weight * 0.01, call.in_shape))
+    monkeypatch.setitem(rules._RULES, nn.Linear, rule)
+    given = (f"{name}:build", "--checkpoint", "weights.safetensors", "--dataset", "digits", "--attacks", "fmn")
+    code, _, err = certify("attack", *given, "--output", "found")
+    assert (code, len(err)) == (1, 1)
+    assert re.fullmatch(r"certify: error: certificate broken: .*; saved in found/counterexample.safetensors", err[0])
+    assert {path.name for path in (tmp_path / "found").iterdir()} == {"summary.json", "counterexample.safetensors"}
+
+
 def test_a_users_model_in_the_current_folder_is_bounded_and_attacked(certify, tmp_path):
     name = f"mymodel_{os.getpid()}"
     (tmp_path / f"{name}.py").write_text(MODEL)
@@ -377,9 +459,9 @@ BAD_SPECS = {
         (("run", "--epochs", "many"), 2, "epochs = 'many': expected integers"),
         (("run", "--norm", "l3"), 2, "norm = 'l3': expected one of l2, linf, l1"),
         (
-            ("run", "--norm", "l1", "--attacks", "pgd"),
+            ("run", "--norm", "l1", "--attacks", "autoattack"),
             2,
-            "attacks = pgd: not for norm l1, expected some of deepfool, fmn",
+            "attacks = autoattack: not for norm l1, expected some of fgsm, pgd, fab, deepfool, fmn",
         ),
         (("run", "--sead", "1"), 2, "No such option '--sead'"),
         (("run", "--jobs", "0"), 2, "jobs = 0: expected an integer >= 1, or unset"),
@@ -437,6 +519,14 @@ BAD_SPECS = {
         (("verify", "net.json", "--model", "json:dumps"), 2, "dataset: expected one for the model json:dumps"),
         (("attack", "json:dumps"), 2, "dataset: expected one for the model json:dumps; give --dataset"),
         (("attack", ".", "--eps", "near"), 2, "eps = 'near': expected numbers"),
+        (("attack", ".", "--max-gradients", "few"), 2, "max_gradients = 'few': expected integers"),
+        (("attack", ".", "--batch-size", "0"), 2, "Invalid value for '--batch-size': 0 is not in the range x>=1"),
+        (("attack", ".", "--audit", "hard"), 2, "Got unexpected extra argument (hard)"),
+        (("attack", ".", "--output", "file"), 2, "Directory 'file' is a file"),
+        (("run", "--attack-schedule", "all"), 2, "attack_schedule = 'all': expected one of cascade, each"),
+        (("run", "--max-gradients", "0"), 2, "max_gradients = 0: expected an integer >= 1, or unset"),
+        (("run", "--max-seconds", "soon"), 2, "max_seconds = 'soon': expected seconds > 0, such as 90, 90s or 2m"),
+        (("run", "--integer-pixels", "--executor", "inline"), 1, "integer_pixels: expected test samples whose pixels"),
         (("table", "none"), 2, "Directory 'none' does not exist"),
         (("table", "."), 1, "expected at least one run, got none"),
         (("plot", "."), 1, "expected at least one run, got none"),

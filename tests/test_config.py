@@ -37,7 +37,8 @@ def test_json_has_no_literal_infinity():
 def test_id_is_the_start_of_the_sha256_of_the_canonical_json():
     cell = CellConfig()
     values = {**dataclasses.asdict(cell), "format": 2}
-    del values["bound_budget"]  # came later
+    for later in ("bound_budget", "audit", "integer_pixels", "max_gradients", "max_seconds"):
+        del values[later]
     text = json.dumps(values, sort_keys=True, separators=(",", ":"))
     assert config_id(cell) == hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -74,8 +75,9 @@ def test_id_is_the_start_of_the_sha256_of_the_canonical_json():
     ],
 )
 def test_ids_stay_what_they_were(settings, known):
-    assert config_id(CellConfig(**settings)) == known
-    spec = RunSpec(parts=[{key: [value] for key, value in {"threshold": 1.0, **settings}.items()}])
+    old = {"threshold": 1.0, **settings, "attack_schedule": "each"}  # as there was no other
+    assert config_id(CellConfig(**old)) == known
+    spec = RunSpec(parts=[{key: [value] for key, value in old.items()}])
     assert [config_id(cell) for cell in spec.cells()] == [known]
 
 
@@ -87,6 +89,20 @@ def test_settings_that_came_later_are_written_only_where_they_are_not_the_defaul
     assert json.loads(changed.to_json())["bound_budget"] == 5.0
     assert CellConfig.from_json(changed.to_json()) == changed
     assert config_id(changed) != config_id(CellConfig(bound="auto"))
+
+
+def test_a_config_without_a_schedule_means_each_attack_by_itself():
+    new = CellConfig()
+    values = json.loads(new.to_json())
+    assert values.pop("attack_schedule") == new.attack_schedule == "cascade"
+    old = CellConfig.from_json(json.dumps(values))
+    assert old.attack_schedule == "each"
+    assert (old.audit, old.integer_pixels, old.max_gradients, old.max_seconds) == (False, False, None, None)
+    assert config_id(old) == "b3327a68a7a9" != config_id(new)
+    assert CellConfig.from_json(old.to_json()) == old
+    changed = CellConfig(audit=True, integer_pixels=True, max_gradients=5, max_seconds="2m")
+    assert changed.max_seconds == 120.0
+    assert CellConfig.from_json(changed.to_json()) == changed
 
 
 def test_bounds_are_those_of_the_package():
@@ -126,6 +142,11 @@ def test_every_field_changes_the_id(field):
         "normalise": "none",
         "constraint": "clip",
         "schedule": "constant",
+        "attack_schedule": "each",
+        "audit": True,
+        "integer_pixels": True,
+        "max_gradients": 100,
+        "max_seconds": 60.0,
         "loss": "margin",
         "optimizer": "sgd",
         "augment": "shift",
@@ -200,8 +221,19 @@ def test_bad_json_is_refused(text, match):
         ({"constraint": "weight-decay", "threshold": INF}, "weight_decay = 0.0: the constraint weight-decay needs"),
         ({"constraint": "gradient-clip", "threshold": INF}, "gradient_clip = None: the constraint gradient-clip needs"),
         ({"constraint": "penalty", "penalty_weight": 0}, "penalty_weight = 0.0: the constraint penalty needs"),
-        ({"norm": "linf"}, "attacks = ddn: not for norm linf, expected some of fgsm, pgd, autoattack, deepfool, fmn"),
-        ({"norm": "l1"}, "attacks = fgsm, pgd, ddn: not for norm l1, expected some of deepfool, fmn"),
+        ({"norm": "linf"}, "attacks = ddn: not for norm linf, expected some of fgsm, pgd, apgd-ce, apgd-dlr, apgd-t"),
+        (
+            {"norm": "l1"},
+            "attacks = ddn: not for norm l1, expected some of fgsm, pgd, fab, deepfool, fmn, rounding-search",
+        ),
+        ({"attack_schedule": "all"}, "attack_schedule = 'all': expected one of cascade, each"),
+        ({"audit": 1}, "audit = 1: expected true or false"),
+        ({"integer_pixels": "yes"}, "integer_pixels = 'yes': expected true or false"),
+        ({"max_gradients": 0}, "max_gradients = 0: expected an integer >= 1, or unset"),
+        ({"max_gradients": True}, "max_gradients = True: expected an integer >= 1, or unset"),
+        ({"max_seconds": 0}, "max_seconds = 0.0: expected seconds > 0, such as 90, 90s or 2m, or unset"),
+        ({"max_seconds": INF}, "max_seconds = inf: expected seconds > 0"),
+        ({"max_seconds": "soon"}, "max_seconds = 'soon': expected seconds > 0"),
     ],
 )
 def test_bad_values_are_refused_when_built(values, match):
@@ -219,7 +251,7 @@ def test_norms_of_the_attacks_are_those_that_the_attacks_have():
     from speccert.attacks import available_attacks
 
     for norm in NORMS:
-        assert {name for name, norms in ATTACK_NORMS.items() if norm in norms} == set(available_attacks(norm))
+        assert tuple(name for name, norms in ATTACK_NORMS.items() if norm in norms) == available_attacks(norm)
 
 
 def test_names_are_those_of_the_models():

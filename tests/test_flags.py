@@ -4,7 +4,7 @@ import itertools
 import pytest
 
 from speccert.experiments.config import CellConfig, ConfigError
-from speccert.experiments.flags import HELP, default_text, parse_settings
+from speccert.experiments.flags import HELP, SWITCHES, default_text, parse_settings
 from speccert.experiments.spec import RunSpec
 
 
@@ -36,6 +36,13 @@ def test_every_setting_has_a_flag_with_help():
         ({"checkpoint": "a,b.safetensors"}, {"checkpoint": "a,b.safetensors"}),
         ({"checkpoint": "unset"}, {"checkpoint": None}),
         ({"bound_budget": "90, 2m"}, {"bound_budget": ["90", "2m"]}),
+        ({"max_seconds": "90s"}, {"max_seconds": "90s"}),
+        ({"max_seconds": "unset"}, {"max_seconds": None}),
+        ({"max_gradients": "500"}, {"max_gradients": 500}),
+        ({"max_gradients": "100, unset"}, {"max_gradients": [100, None]}),
+        ({"attack_schedule": "each, cascade"}, {"attack_schedule": ["each", "cascade"]}),
+        ({"audit": True, "integer_pixels": False}, {"audit": True, "integer_pixels": False}),
+        ({"audit": None}, {}),
         ({"preset": "quick"}, {"preset": "quick"}),
         ({"preset": "small, big"}, {"preset": ["small", "big"]}),
     ],
@@ -67,10 +74,16 @@ def test_commas_span_a_grid_but_for_eps_and_attacks():
         ("width", "unset"),
         ("epochs", "30; 10 for mnist; 10 for fashion-mnist; 60 for cifar10"),
         ("model", "mlp; liresnet for cifar10"),
+        ("audit", "off"),
+        ("max_seconds", "unset"),
     ],
 )
 def test_defaults_in_words(key, expected):
     assert default_text(key) == expected
+
+
+def test_switches_are_the_settings_that_are_true_or_false():
+    assert set(SWITCHES) == {field.name for field in dataclasses.fields(CellConfig) if field.type is bool}
 
 
 def test_every_flag_has_a_default_in_words():
@@ -78,12 +91,14 @@ def test_every_flag_has_a_default_in_words():
 
 
 def test_every_text_that_is_no_number_is_named_in_one_line():
+    numbers = {"epochs": "many", "lr": "fast", "seed": "0,x", "eps": "", "model": "mlp", "width": "1.5"}
     with pytest.raises(ConfigError) as raised:
-        parse_settings({"epochs": "many", "lr": "fast", "seed": "0,x", "eps": "", "model": "mlp", "width": "1.5"})
+        parse_settings({**numbers, "max_gradients": "few"})
     assert str(raised.value).split("; ") == [
         "epochs = 'many': expected integers",
         "lr = 'fast': expected numbers",
         "seed = '0,x': expected integers",
         "eps = '': expected numbers",
         "width = '1.5': expected integers",
+        "max_gradients = 'few': expected integers",
     ]

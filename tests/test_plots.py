@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from report_runs import record
 
 from speccert.experiments.config import CellConfig
 from speccert.experiments.plots import (
@@ -12,6 +13,7 @@ from speccert.experiments.plots import (
     plot_gradient_norms,
     plot_radius_against_distance,
     plot_sandwich,
+    plot_tightness,
     save_figure,
     write_figures,
 )
@@ -24,6 +26,7 @@ PLOTS = {
     "sandwich": lambda runs: plot_sandwich(runs, 0.3),
     "scatter": plot_radius_against_distance,
     "gradients": plot_gradient_norms,
+    "tightness": plot_tightness,
 }
 # Ten samples: eight right, one of them certified nowhere; the last two are not attacked.
 RADIUS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.0, 0.0, 0.0, 0.9, 0.9]
@@ -31,7 +34,7 @@ DISTANCE = [0.2, 0.4, 0.6, 0.8, math.inf, 0.3, 0.0, 0.0, math.nan, math.nan]
 RIGHT = [True] * 6 + [False] * 2 + [True] * 2
 
 
-def finish(output, cell, *, radius=RADIUS, distance=DISTANCE, gradients=(4.0, 1.0), diverged=False):
+def finish(output, cell, *, radius=RADIUS, distance=DISTANCE, gradients=(4.0, 1.0), diverged=False, **results):
     folder = RunFolder.of(output, cell)
     folder.create(cell)
     attacked = [not math.isnan(value) for value in distance]
@@ -48,7 +51,8 @@ def finish(output, cell, *, radius=RADIUS, distance=DISTANCE, gradients=(4.0, 1.
     folder.write_samples(pd.DataFrame(samples))
     epochs = range(1, 1 + len(gradients))
     folder.write_history(pd.DataFrame({"epoch": epochs, "train_loss": 1.0, "gradient_norm": gradients}))
-    folder.write_summary({"diverged": diverged})
+    folder.write_summary({"diverged": diverged, **results})
+    return folder
 
 
 def pixels(figure):
@@ -153,6 +157,83 @@ def test_a_broken_certificate_is_drawn_red(tmp_path):
     assert close_to(pixels(figure), "#CC0000") > 10
 
 
+def test_tightness_is_the_median_ratio_between_its_quartiles(tmp_path):
+    finish(tmp_path, CellConfig(threshold=1.0))  # ratios 1/2 four times, and 0: the broken sample that has no radius
+    finish(tmp_path, CellConfig(threshold=2.0), radius=[0.2, 0.32, 0.36, 0.4, 0.5, 0.03, 0, 0, 0.9, 0.9])
+    (axes,) = plot_tightness(tmp_path).axes
+    median, limit = axes.lines
+    # the second: 1, 0.8, 0.6, 0.5, 0.1 in order, of which 0.6 is the middle, 0.5 and 0.8 the quartiles
+    assert median.get_ydata().tolist() == [0.5, pytest.approx(0.6)]
+    assert limit.get_ydata() == [1, 1]
+    band = axes.collections[0].get_paths()[0].vertices
+    for at, low, high in ((0, 0.5, 0.5), (1, 0.5, 0.8)):
+        assert (band[band[:, 0] == at, 1].min(), band[band[:, 0] == at, 1].max()) == pytest.approx((low, high))
+    assert axes.get_ylim() == (0, pytest.approx(1.05))
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2"]
+
+
+def test_tightness_is_averaged_over_seeds_and_leaves_diverged_runs_out(tmp_path):
+    finish(tmp_path, CellConfig(seed=0))
+    finish(tmp_path, CellConfig(seed=1), radius=[value / 2 for value in RADIUS])
+    finish(tmp_path, CellConfig(seed=2), radius=[0.0] * 10, diverged=True)
+    (axes,) = plot_tightness(tmp_path).axes
+    assert axes.lines[0].get_ydata().tolist() == [(0.5 + 0.25) / 2]
+    assert axes.patches[0].get_height() == 0  # both quartiles lie at the median
+
+
+def test_baselines_stand_beside_the_thresholds_by_themselves(sweep):
+    (axes,) = plot_tightness(sweep).axes
+    main, baseline = axes.lines[:2]
+    assert (main.get_xdata()[0], main.get_xdata()[-1], list(baseline.get_xdata())) == (0, 2, [3])
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.5", "2", "∞", "none"]
+
+
+def test_a_tightness_above_one_is_inside_the_picture(tmp_path):
+    finish(tmp_path, CellConfig(), radius=[0.4, 0.8, *RADIUS[2:]])  # ratios 2, 2, 1/2, 1/2, 0
+    (axes,) = plot_tightness(tmp_path).axes
+    assert axes.get_ylim()[1] == pytest.approx(1.05 * 2)  # the upper quartile
+
+
+@pytest.mark.parametrize("distance", [[math.nan] * 10, [math.inf] * 6 + [0.0] * 2 + [math.nan] * 2])
+def test_tightness_without_a_distance_is_drawn_empty(tmp_path, distance):
+    finish(tmp_path, CellConfig(), distance=distance)
+    (axes,) = plot_tightness(tmp_path).axes
+    assert np.isnan(axes.lines[0].get_ydata()).all()
+
+
+@pytest.mark.parametrize("results", [{"masking_flags": ["flat-loss"]}, {"attack_complete": False}])
+@pytest.mark.parametrize("kind", ["eps", "sandwich", "scatter", "tightness"])
+def test_a_dagger_marks_attacks_that_may_have_been_too_weak(sweep, kind, results):
+    def told(figure):
+        texts = [*figure.legends[0].get_texts(), *figure.axes[0].get_xticklabels()]
+        return [text.get_text() for text in texts if "†" in text.get_text()]
+
+    assert told(PLOTS[kind](sweep)) == []
+    finish(sweep, CellConfig(threshold=4.0, eps=(0.3,)), **results)
+    marked = told(PLOTS[kind](sweep))
+    assert "† masked gradients or attacks cut short" in marked
+    assert {text.removeprefix("threshold ") for text in marked} == {"4†", "† masked gradients or attacks cut short"}
+
+
+def test_a_dagger_at_a_baseline_is_told_too(tmp_path):
+    finish(tmp_path, CellConfig(constraint="none", threshold=math.inf), attack_complete=False)
+    for plot in (plot_tightness, lambda runs: plot_sandwich(runs, 0.3)):
+        texts = [text.get_text() for text in plot(tmp_path).legends[0].get_texts()]
+        assert "† masked gradients or attacks cut short" in texts
+
+
+def test_samples_of_the_best_run_of_each_constraint_are_pictured(tmp_path):
+    for seed, value in enumerate((0.2, 0.4, 0.3)):
+        best = finish(tmp_path / "runs", CellConfig(seed=seed), **{"certified_accuracy_eps_0.3": value})
+        record(best, count=2)
+    old = finish(tmp_path / "runs", CellConfig(constraint="clip"))
+    paths = write_figures(tmp_path / "runs", tmp_path / "out")
+    names = {path.stem for path in paths}
+    assert {"bracket_cap", "bracket_clip", "closest_cap"} <= names
+    assert "closest_clip" not in names
+    assert not old.closest_path.exists()
+
+
 def test_gradient_norms_are_means_over_seeds(tmp_path):
     finish(tmp_path, CellConfig(seed=0), gradients=(4.0, 1.0))
     finish(tmp_path, CellConfig(seed=1), gradients=(2.0, 3.0))
@@ -204,7 +285,7 @@ def test_diverged_runs_are_named_and_unfinished_ones_left_out(sweep, kind):
     RunFolder.of(sweep, CellConfig(threshold=8.0, eps=(0.3,))).create(CellConfig(threshold=8.0, eps=(0.3,)))
     figure = PLOTS[kind](sweep)
     texts = [text.get_text() for text in [*figure.legends[0].get_texts(), *figure.axes[0].get_xticklabels()]]
-    assert any("(1 of 1 diverged)" in text for text in texts)
+    assert any("(1 of 1 diverged)" in " ".join(text.split()) for text in texts)
     assert not any("8" in text and "threshold" in text for text in texts)
 
 
@@ -248,7 +329,8 @@ def test_no_finished_run_is_refused(tmp_path, kind):
 def test_all_figures_are_written(sweep, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     paths = write_figures(sweep, out)
-    names = ("accuracy_over_eps", "gradient_norms", "radius_against_distance", "sandwich_eps_0.3")
+    names = ("accuracy_over_eps", "bracket_cap", "bracket_none", "gradient_norms", "radius_against_distance")
+    names += ("sandwich_eps_0.3", "tightness")
     assert sorted(path.name for path in out.iterdir()) == [name + end for name in names for end in (".pdf", ".png")]
     assert sorted(paths) == sorted(out.iterdir())
 
@@ -260,7 +342,7 @@ def test_figures_of_each_setting_lie_apart_and_need_attacks(tmp_path):
     finish(runs, CellConfig(eps=(0.3,), attacks=(), width=16), distance=unattacked)
     write_figures(runs, out)
     assert sorted(path.name for path in out.iterdir()) == ["width=16", "width=8"]
-    assert not list(out.glob("*/radius*"))
+    assert not [path for kind in ("radius", "tightness", "bracket", "closest") for path in out.glob(f"*/{kind}*")]
 
 
 def test_an_eps_with_six_digits_keeps_its_ending(sweep, tmp_path_factory):

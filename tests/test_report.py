@@ -205,6 +205,99 @@ def test_the_product_stands_beside_a_tighter_bound(runs, report):
     assert (second["bound"], second["ε = 0.3 certified by the product"]) == ("product", MISSING)
 
 
+COSTS = {"attack_forwards": 1600, "attack_gradients": 800, "attack_s": 90.0, "certified_skipped_eps_0.3": 2}
+
+
+def test_flagged_series_are_a_banner_and_a_column(runs, report):
+    finish(runs, CellConfig(threshold=0.5, eps=(0.3,)), masking_flags=["flat-loss"], **COSTS)
+    finish(runs, CellConfig(threshold=0.5, seed=1, eps=(0.3,)), masking_flags=[], attack_complete=True, **COSTS)
+    finish(runs, CellConfig(threshold=2.0, eps=(0.3,)), masking_flags=[], attack_complete=False, **COSTS)
+    finish(runs, CellConfig(constraint="none", threshold=math.inf, eps=(0.3,)))
+    page = report()
+    banners = [element["class"] for element in page.elements if "banner" in element.get("class", "")]
+    assert banners == ["banner sound", "banner doubted"]
+    assert "The attacks on 2 of 3 series may have been too weak." in page.text
+    assert "cap 0.5: 1 of 2 flat-loss cap 2: attacks incomplete" in page.text
+    assert "flat-loss: a tiny step does not change the loss as the gradient says;" in page.text
+    assert "attacks incomplete: a budget ended them" in page.text
+    assert [row["flags"] for row in page.table()] == ["1 of 2 flat-loss", "attacks incomplete", MISSING]
+    assert [one["note"] for one in page.data["series"]] == ["1 of 2 flat-loss", "attacks incomplete", ""]
+
+
+def test_runs_that_recorded_nothing_of_their_attacks_raise_no_doubt(runs, report):
+    study(runs, attack_schedule="each")
+    page = report()
+    assert not [element for element in page.elements if "doubted" in element.get("class", "")]
+    assert not {"flags", "median radius / distance", "gradients a sample"} & set(page.table()[0])
+    for words in ("too weak", "spared", "Spared", "After X", "cascade:", "cost of attacks", "tightest"):
+        assert words not in page.text
+
+
+def test_what_flagged_attacks_left_standing_is_never_marked_the_best(runs, report):
+    finish(runs, CellConfig(threshold=0.5, eps=(0.3,)), masking_flags=["flat-loss"], distance=[1.0] * 8)
+    finish(runs, CellConfig(threshold=1.0, eps=(0.3,)), distance=[0.4] * 4 + [0.2] * 4)
+    finish(runs, CellConfig(threshold=2.0, eps=(0.3,)), distance=[0.4] * 3 + [0.2] * 5, radius=[0.1] * 8)
+    page = report()
+    best = [element["data-v"] for element in page.elements if "best" in element.get("class", "")]
+    assert [row["ε = 0.3 observed"] for row in page.table()] == ["100.0", "50.0", "37.5"]
+    assert "0.5" in best
+    assert "1" not in best
+
+
+def test_many_flagged_series_are_cut_and_the_table_names_all(runs, report):
+    for at in range(23):
+        finish(runs, CellConfig(threshold=1.0 + at, eps=(0.3,)), attack_complete=False)
+    page = report()
+    assert "The attacks on 23 of 23 series" in page.text
+    assert "cap 20: attacks incomplete 3 more; the table names all" in page.text
+    assert [row["flags"] for row in page.table()] == ["attacks incomplete"] * 23
+
+
+def test_the_cost_of_attacks_is_told_a_sample(runs, report):
+    finish(runs, CellConfig(eps=(0.3,)), **COSTS)
+    finish(runs, CellConfig(eps=(0.3,), seed=1), **COSTS | {"attack_gradients": 1600})
+    page = report()
+    assert "cost of attacks 150 gradients and 200 forwards a sample, 3 min 0 s" in page.text  # 2,400 / 16; 3,200 / 16
+    (row,) = page.table()
+    assert row["gradients a sample"] == "150"
+    assert row["forwards a sample"] == "200"
+    assert row["seconds of attacks"] == "90"
+    assert row["ε = 0.3 spared"] == "2"
+
+
+def test_certified_samples_that_attacks_spared_are_told(runs, report):
+    skipped = {"certified_skipped_eps_0.1": 4, "certified_skipped_eps_0.3": 2}
+    finish(runs, CellConfig(eps=(0.1, 0.3)), **skipped)
+    finish(runs, CellConfig(eps=(0.1, 0.3), seed=1), **skipped)
+    text = report().text
+    assert "Attacks at a fixed ε spared 8 samples certified there; an audit attacks these too." in text
+    assert "Spared: samples that attacks at this ε left out" in text
+
+
+def test_the_tightest_certificates_are_a_headline(runs, report):
+    for threshold, seed, median in ((0.5, 0, 0.5), (0.5, 1, 0.7), (2.0, 0, 0.4), (2.0, 1, 0.4)):
+        finish(runs, CellConfig(threshold=threshold, seed=seed, eps=(0.3,)), tightness_median=median)
+    finish(runs, CellConfig(threshold=4.0, eps=(0.3,)), tightness_median=0.9, diverged=True)
+    page = report()
+    assert "tightest: median radius / distance 0.60 cap at threshold 0.5; 0.40 to 0.60 over all" in page.text
+    medians = [row["medianradius / distance"] for row in page.table()]
+    assert [text.split()[0] for text in medians] == ["0.6", "0.4", "0.9"]
+    assert [one["tightness_median"] for one in page.data["series"]] == [pytest.approx(0.6), 0.4, None]
+
+
+def test_attacks_of_a_cascade_are_headed_and_told_as_such(runs, report):
+    results = {"accuracy_pgd_eps_0.3": 0.5}
+    finish(runs, CellConfig(eps=(0.3,)), **results)
+    page = report()
+    assert page.table()[0]["ε = 0.3 after pgd"] == "50.0"
+    assert "After X: the accuracy that the attack X and the cheaper ones before it left." in page.text
+    finish(runs, CellConfig(eps=(0.3,), threshold=2.0, attack_schedule="each"), **results)
+    page = report()
+    assert [row["ε = 0.3 pgd"] for row in page.table()] == ["50.0", "50.0"]
+    assert {row["attack_schedule"] for row in page.table()} == {"cascade", "each"}
+    assert "In a cascade the accuracy of an attack is what it and the cheaper ones before it left." in page.text
+
+
 def test_observed_values_stand_beside_what_is_certified_on_the_same_samples(runs, report):
     results = {"certified_accuracy_eps_0.3": 0.625, "certified_accuracy_attacked_eps_0.3": 0.25, "attacked_count": 4}
     finish(runs, CellConfig(eps=(0.3,)), **results, **{"worst_case_accuracy_eps_0.3": 0.5})

@@ -9,7 +9,7 @@ import shutil
 import pytest
 from report_runs import DISTANCE, RADIUS, fail, finish, record, share
 
-from speccert.experiments.config import CellConfig
+from speccert.experiments.config import ADDED, CellConfig
 from speccert.experiments.report import write_report
 from speccert.experiments.report_html import MISSING
 from speccert.experiments.spec import RunSpec
@@ -238,7 +238,7 @@ def test_the_config_of_any_cell_is_shown(opened, report):
         name = box.locator("option:checked").text_content().split()[0]
         shown = json.loads(page.locator("#config-json").text_content())
         stored = json.loads((report.parent / name / "config.json").read_text())
-        assert {"format": 2, **shown} == {"bound_budget": 60, **stored}  # not stored where it is the default
+        assert {"format": 2, **shown} == {**ADDED, **stored}  # not stored where they mean what they meant before
 
 
 def test_texts_of_the_study_are_inert(opened):
@@ -325,6 +325,62 @@ def test_a_study_without_a_finished_cell_opens(opened, tmp_path):
     assert "No cell is finished yet" in page.locator("#summary").inner_text()
     assert not page.locator("#curves").is_visible()
     assert page.locator("#robustness tbody tr").count() == 1
+
+
+@pytest.fixture(scope="module")
+def doubted(tmp_path_factory):
+    """Three cells of which two have flags, with all that attacks record of themselves."""
+    runs = tmp_path_factory.mktemp("doubted") / "runs"
+    names = ["black-box-wins", "flat-loss", "single-step-wins", "unbounded-fails", "vanishing-gradients"]
+    costs = {"attack_forwards": 1600, "attack_gradients": 800, "attack_s": 90.0, "tightness_median": 0.5}
+    spared = {"certified_skipped_eps_0.1": 4, "certified_skipped_eps_0.3": 2, "accuracy_pgd_eps_0.3": 0.5}
+    for threshold, flags, complete in ((0.5, [], True), (1.0, names, False), (2.0, [], False)):
+        cell = CellConfig(threshold=threshold, eps=(0.1, 0.3))
+        record(finish(runs, cell, masking_flags=flags, attack_complete=complete, **costs, **spared))
+    return write_report(runs, runs / "report.html")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (390, "dark"), (820, "dark"), (1280, "light")])
+def test_flags_are_seen_at_every_width(opened, doubted, width, scheme):
+    page = opened(doubted, viewport={"width": width, "height": 844}, color_scheme=scheme)
+    banner = page.locator(".banner.doubted")
+    assert banner.is_visible()
+    assert banner.locator("li").all_text_contents()[1] == "cap 2: attacks incomplete"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    box = banner.bounding_box()
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= width
+    colours = banner.locator("strong").evaluate(
+        "one => [getComputedStyle(one).color, getComputedStyle(one.parentNode).backgroundColor]"
+    )
+    levels = [[int(part) / 255 for part in re.findall(r"\d+", colour)[:3]] for colour in colours]
+    linear = [[part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in one] for one in levels]
+    light, dark = sorted((0.2126 * r + 0.7152 * g + 0.0722 * b for r, g, b in linear), reverse=True)
+    assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG 2.1, success criterion 1.4.3
+
+
+def test_rows_are_filtered_by_their_flags(opened, doubted):
+    page = opened(doubted)
+    assert column(page, "flags")[0] == MISSING
+    choice = page.locator("#table-controls").get_by_label("flags")
+    assert choice.locator("option:checked").text_content() == "all"
+    choice.select_option("attacks incomplete")
+    assert column(page, "threshold") == ["2"]
+
+
+def test_costs_are_in_the_view_of_the_attacks(opened, doubted):
+    page = opened(doubted)
+    costs = page.locator("#robustness thead th", has_text="gradients a sample")
+    assert not costs.is_visible()
+    assert page.locator("#robustness thead th", has_text="median").is_visible()
+    page.get_by_label("attacks", exact=True).check(force=True)
+    assert costs.is_visible()
+    assert page.locator("#robustness thead th", has_text="after pgd").first.is_visible()
+
+
+def test_the_median_of_radius_over_distance_is_told_of_a_cell(opened, doubted):
+    facts = opened(doubted).locator("#bounds .cell-body .facts")
+    assert facts.locator("div", has_text="median radius / distance").locator("dd").text_content() == "0.5"
 
 
 def test_violations_are_red_crosses(opened, tmp_path):

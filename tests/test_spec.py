@@ -17,6 +17,7 @@ from speccert.experiments.config import (
     CellConfig,
     ConfigError,
     config_id,
+    usable_attacks,
 )
 from speccert.experiments.presets import DEFAULT_THRESHOLDS, DEFAULTS, PRESETS
 from speccert.experiments.spec import EXECUTION, PLURALS, RunSpec
@@ -49,11 +50,16 @@ def test_defaults_of_each_data_set_are_good(dataset):
 
 
 @pytest.mark.parametrize(
-    ("norm", "attacks"), [("l2", CellConfig().attacks), ("linf", ("fgsm", "pgd")), ("l1", ("deepfool", "fmn"))]
+    ("norm", "attacks"), [("l2", CellConfig().attacks), ("linf", ("fgsm", "pgd")), ("l1", ("fgsm", "pgd"))]
 )
 def test_default_attacks_follow_the_norm(norm, attacks):
     (cell,) = RunSpec.from_mapping({"norm": norm, "thresholds": [1]}).cells()
     assert cell.attacks == attacks
+
+
+def test_where_none_of_the_attacks_knows_the_norm_the_usual_ones_run():
+    assert usable_attacks(("ddn", "cw"), "linf") == usable_attacks((), "l1") == ("fgsm", "pgd", "fmn")
+    assert usable_attacks(("autoattack", "fmn"), "l1") == ("fmn",)
 
 
 def combinations(cells, *fields):
@@ -94,6 +100,9 @@ OTHER_VALUES = {
     "attacks": [["fmn"], ["deepfool", "fmn"]],
     "bound": ["product"],
     "checkpoint": ["a", "b"],
+    "attack_schedule": ["each", "cascade"],
+    "audit": [True, False],
+    "integer_pixels": [False, True],
 }
 
 
@@ -127,7 +136,7 @@ def test_defaults_follow_the_data_set_the_norm_and_the_constraint_of_each_cell()
     for cell in cells:
         assert (cell.epochs, cell.eps) == (DEFAULTS[cell.dataset]["epochs"], DEFAULTS[cell.dataset]["eps"])
         assert cell.model == {"mnist": "mlp", "cifar10": "liresnet"}[cell.dataset]
-        assert cell.attacks == {"l1": ("deepfool", "fmn"), "l2": ("fgsm", "pgd", "ddn")}[cell.norm]
+        assert cell.attacks == {"l1": ("fgsm", "pgd"), "l2": ("fgsm", "pgd", "ddn")}[cell.norm]
         assert cell.threshold == (2.0 if cell.constraint == "cap" else INF)
         assert cell.weight_decay == (5e-3 if cell.constraint == "weight-decay" else 0.0)
         assert cell.gradient_clip == (1.0 if cell.constraint == "gradient-clip" else None)
@@ -294,7 +303,10 @@ BUILT_IN = "quick, mnist-dense, cifar10-liresnet"
         ),
         (
             {"norm": ["l2", "linf"], "attacks": [["pgd"], ["pgd", "ddn"]]},
-            "attacks = ddn: not for norm linf, expected some of fgsm, pgd, autoattack, deepfool, fmn, rounding-search",
+            (
+                "attacks = ddn: not for norm linf, expected some of fgsm, pgd, apgd-ce, apgd-dlr, apgd-t, fab, square, "
+                "autoattack, deepfool, fmn, rounding-search"
+            ),
         ),
         (
             {"dataset": ["digits", "mnist"], "warmup_epochs": 10},

@@ -5,21 +5,14 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from studies import user_module
-from torch import nn
 
-from speccert.attacks import available_attacks
-from speccert.certify import rules
-from speccert.certify.linear import Dense
-from speccert.experiments.bound_stage import BoundRequest, bound_one
 from speccert.experiments.cell import run_cell
 from speccert.experiments.checkpoints import save_checkpoint
 from speccert.experiments.config import CellConfig, ConfigError
-from speccert.experiments.evaluation import CertificateViolationError
 from speccert.experiments.execution import Execution
 from speccert.experiments.spec import RunSpec
-from speccert.experiments.stages import attack_one, open_model, train_one
+from speccert.experiments.stages import open_model, train_one
 from speccert.experiments.store import RunFolder, StoreError
 
 TINY = {**tiny.TINY, "seed": 3}
@@ -74,67 +67,10 @@ def weights(scale=1.0):
     return {"1.weight": scale * torch.randn(10, 64, generator=generator) / 8, "1.bias": torch.zeros(10)}
 
 
-def test_the_attack_of_a_run_folder_repeats_its_results(finished):
-    folder, summary = finished
-    found = attack_one(open_model(str(folder.path)), {}, console=console())
-    results = {key: value for key, value in found.results.items() if key != "evaluate_s"}
-    assert results == pytest.approx({key: summary[key] for key in results})
-
-
-def test_other_attacks_and_eps_on_a_run_folder(finished):
-    shown = console()
-    settings = {"attacks": ["fgsm", "pgd"], "eps": [0.2], "attack_samples": 7, "seed": [1]}
-    found = attack_one(open_model(str(finished[0].path)), settings, console=shown)
-    assert found.results["attacked_count"] == 7
-    assert found.results["certified_accuracy_attacked_eps_0.2"] <= found.results["worst_case_accuracy_eps_0.2"]
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text(shown).splitlines()]
-    keys = {"certified": "certified_accuracy_attacked", "worst case": "worst_case_accuracy", "fgsm": "accuracy_fgsm"}
-    for title, key in {**keys, "pgd": "accuracy_pgd"}.items():
-        assert [title, f"{100 * found.results[f'{key}_eps_0.2']:.1f}"] in rows
-
-
-@pytest.mark.parametrize(("norm", "attacks"), [("linf", ("fgsm",)), ("l1", ("deepfool", "fmn"))])
-def test_without_attacks_named_those_that_know_the_norm_run(norm, attacks, finished):
-    found = attack_one(open_model(str(finished[0].path)), {"norm": norm, "attack_samples": 4}, console=console())
-    used = {key.split("_")[1] for key in found.samples if key.startswith("robust_")}
-    assert used == set(attacks)
-
-
-def test_a_table_of_all_attacks_is_not_cut(finished, monkeypatch):
-    from speccert.experiments import evaluation
-
-    def quick(model, x, y, name, **options):
-        return honest(model, x, y, "fgsm", norm="l2", eps=0.1)
-
-    honest = evaluation.attack
-    monkeypatch.setattr(evaluation, "attack", quick)
-    shown = console()
-    attack_one(
-        open_model(str(finished[0].path)), {"attacks": available_attacks("l2"), "attack_samples": 3}, console=shown
-    )
-    assert "…" not in text(shown)
-    assert all(name in text(shown) for name in available_attacks("l2"))
-
-
 def test_a_torch_checkpoint_is_read_too(models):
     torch.save(weights(), models / "weights.pt")
     opened = open_model("stage_models:linear", checkpoint=models / "weights.pt", dataset="digits")
     assert torch.equal(opened.model[1].weight, weights()["1.weight"])
-
-
-def test_a_broken_bound_saves_its_example_in_the_current_folder(models, monkeypatch):
-    save_checkpoint(models / "weights.safetensors", weights())
-    rule = rules.Rule(linear=lambda call: Dense(call.module.weight * 0.01, call.in_shape))
-    monkeypatch.setitem(rules._RULES, nn.Linear, rule)
-    opened = open_model("stage_models:linear", checkpoint=models / "weights.safetensors", dataset="digits")
-    with pytest.raises(CertificateViolationError, match=r"saved in counterexample.safetensors"):
-        attack_one(opened, {"attacks": ["ddn"], "attack_samples": 100}, console=console())
-    example = load_file(models / "counterexample.safetensors")
-    distance = torch.linalg.vector_norm((example["x_adv"].double() - example["x"].double()).flatten())
-    assert distance < example["radius"]
-    with torch.no_grad():
-        logits = opened.model(example["x_adv"][None])[0]
-    assert logits.topk(2).indices.tolist()[0] != example["label"] or logits.topk(2).values.diff().abs() < 1e-5
 
 
 def nan_weights(folder):
@@ -172,18 +108,6 @@ def test_a_model_that_cannot_be_opened_is_refused_in_one_line(name, more, error,
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [("unknown", "cumsum: no Lipschitz rule for cumsum"), ("training", "expected eval mode, got training mode")],
-)
-def test_a_model_without_a_certificate_is_refused_in_one_line(name, message, models):
-    opened = open_model(f"stage_models:{name}", dataset="digits")
-    with pytest.raises(ValueError, match=message):
-        bound_one(opened, BoundRequest(), console=console())
-    with pytest.raises(ValueError, match=message):
-        attack_one(opened, {"attacks": ["fgsm"]}, console=console())
-
-
-@pytest.mark.parametrize(
     ("damage", "message"),
     [
         (
@@ -206,22 +130,6 @@ def test_a_damaged_run_folder_is_refused(damage, message, finished, tmp_path):
 def test_a_run_folder_takes_no_other_data_or_weights(finished):
     with pytest.raises(ConfigError, match="a run folder brings its own data set and checkpoint"):
         open_model(str(finished[0].path), dataset="digits")
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"eps": [-0.1]}, r"eps = \(-0.1,\): expected a list of finite numbers >= 0"),
-        ({"eps": []}, r"eps = \(\)"),
-        ({"attacks": ["pdg"]}, "attacks = "),
-        ({"seed": [0, 1]}, "seed: expected one, got 2"),
-        ({"attack_samples": 0}, "attack_samples = 0"),
-        ({"norm": "linf", "attacks": ["ddn"]}, "attacks = ddn: not for norm linf"),
-    ],
-)
-def test_bad_attack_settings_are_refused(settings, message, finished):
-    with pytest.raises(ConfigError, match=message):
-        attack_one(open_model(str(finished[0].path)), settings, console=console())
 
 
 def spec(**settings):

@@ -77,12 +77,14 @@ def test_a_file_in_the_way_of_a_folder(tmp_path):
 def test_round_trips(run):
     run.write_samples(SAMPLES)
     run.write_history(HISTORY)
-    run.write_summary({"clean_accuracy": np.float32(0.5), "mean_distance": None, "diverged": False, "device": "cpu"})
+    texts = {"device": "cpu", "masking_flags": ["flat-loss"]}
+    run.write_summary({"clean_accuracy": np.float32(0.5), "mean_distance": None, "diverged": False, **texts})
     pd.testing.assert_frame_equal(run.read_samples(), SAMPLES)
     pd.testing.assert_frame_equal(run.read_history(), HISTORY)
     row = run.read_summary()
     assert (row["id"], row["threshold"], row["eps"]) == (run.id, math.inf, [0.1, 0.3, 0.5])
     assert (row["clean_accuracy"], row["mean_distance"], row["diverged"]) == (0.5, None, False)
+    assert row["masking_flags"] == ["flat-loss"]
     assert run.read_config() == CellConfig(threshold=math.inf)
 
 
@@ -98,6 +100,7 @@ def test_summary_on_disk_is_strict_json(run):
         ({"clean_accuracy": math.nan}, "clean_accuracy = nan, expected a finite number"),
         ({"lipschitz_upper": math.inf}, "lipschitz_upper = inf, expected a finite number"),
         ({"radii": [1, 2]}, r"radii = \[1, 2\], expected"),
+        ({"flags": ["flat-loss", None]}, r"flags = \['flat-loss', None\], expected a finite number, text, texts,"),
         ({"epochs": 3}, "results named as config fields: epochs"),
     ],
 )

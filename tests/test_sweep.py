@@ -35,7 +35,7 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from speccert.experiments import evaluation, resume, run
+from speccert.experiments import attacking, resume, run
 def dies(honest, calls, seen=[]):
     def call(*args, **kwargs):
         seen.append(1)
@@ -96,6 +96,7 @@ def test_a_run_writes_folders_tables_and_pictures(finished):
     output, table = finished
     cells = RunSpec.from_mapping({**TINY, "thresholds": [1.0, math.inf], "eps": [0.1, 0.3]}).cells()
     figures = {"accuracy_over_eps", "gradient_norms", "radius_against_distance", "sandwich_eps_0.1", "sandwich_eps_0.3"}
+    figures |= {"bracket_cap", "closest_cap", "tightness"}
     files = {"robustness.csv", "robustness.md", "robustness.tex", "robustness.parquet", "index.parquet", ".certify"}
     assert {path.name for path in output.iterdir()} == {*files, "figures", *map(config_id, cells)}
     assert {path.name for path in (output / "figures").iterdir()} == {
@@ -157,7 +158,7 @@ def test_a_summary_that_is_damaged_is_computed_again_to_the_same(no_figures, tmp
     ("stage", "patch"),
     [
         ("training", "resume.ResumeFile.write = dies(resume.ResumeFile.write, 3)"),
-        ("attacks", "evaluation.attack = dies(evaluation.attack, 2)"),
+        ("attacks", "attacking.run_ensemble = dies(attacking.run_ensemble, 1)"),
         pytest.param("last file", LAST_FILE, marks=pytest.mark.slow),
     ],
 )

@@ -172,7 +172,7 @@ def test_blocks_of_the_robustness_table():
     assert [cell.shown() for cell in overview.rows[0]] == ["cap", "1", "90.0", "2", "1.5", "0.05", "1.1"]
     assert [cell.shown() for cell in distances.rows[0]] == ["cap", "1", "0.32", "0.3", "0.4", "0.75"]
     assert accuracy.title == "digits, mlp, l2: accuracy (%) at ε = 0.3"
-    assert accuracy.headers[2:] == ["certified", "certified (attacked)", "worst case", "pgd", "ddn"]
+    assert accuracy.headers[2:] == ["certified", "certified (attacked)", "worst case", "after pgd", "after ddn"]
     assert [cell.shown() for cell in accuracy.rows[0]] == ["cap", "1", "50.0", "48.0", "60.0", "62.0", "61.0"]
 
 
@@ -207,3 +207,102 @@ def test_missing_numbers_are_shown_as_missing():
 def test_rows_of_other_norms_do_not_compete_for_the_best():
     rows = {"norm": ["l2", "l2", "linf", "linf"], "status": [""] * 4, "clean_accuracy": [0.9, 0.8, 0.3, 0.4]}
     assert [cell.best for cell in _column(pd.DataFrame(rows), "clean_accuracy").cells] == [True, False, False, True]
+
+
+COSTS = {"attack_forwards": 51200, "attack_gradients": 25600, "attack_s": 12.0, "certified_skipped_eps_0.3": 20}
+
+
+def doubted(*flags, complete=True, **settings):
+    values = {"masking_flags": list(flags), "attack_complete": complete, "tightness_median": 0.81, **COSTS}
+    return run(results={**values, **settings.pop("results", {})}, **settings)
+
+
+def test_costs_of_attacks_are_a_block_of_their_own_and_all_of_them_where_it_is_wide():
+    table = robustness_table(frame(doubted(), doubted(seed=1, results={"attack_gradients": 30000})))
+    narrow = blocks(table, math.inf, wide=False)[-1]
+    assert narrow.title == "digits, mlp, l2: attacks"
+    assert narrow.headers == [
+        "constraint", "threshold", "runs", "samples attacked", "gradients a sample", "forwards a sample",
+    ]  # fmt: skip
+    assert [cell.shown() for cell in narrow.rows[0]] == ["cap", "1", "2", "50", "556", "1024"]  # (512 + 600) / 2
+    assert narrow.notes == []
+    wide = blocks(table, math.inf)[-1]
+    assert wide.headers[-2:] == ["seconds", "spared at 0.3"]
+    assert [cell.shown() for cell in wide.rows[0]][-2:] == ["12", "20"]
+    assert wide.notes == ["spared: samples that attacks at that ε left out, since they are certified there"]
+
+
+def test_the_median_of_radius_over_distance_is_with_the_radii():
+    distances = blocks(robustness_table(frame(doubted())), math.inf)[1]
+    assert dict(zip(distances.headers, distances.rows[0], strict=True))["median radius/distance"].text == "0.81"
+
+
+def test_flags_are_letters_told_below_each_block_of_what_attacks_found():
+    table = robustness_table(
+        frame(
+            doubted("flat-loss", "zero-gradients"),
+            doubted(threshold=2.0),
+            doubted(threshold=3.0, complete=False),
+            doubted("zero-gradients", "flat-loss", threshold=4.0),
+            doubted("flat-loss", "zero-gradients", threshold=5.0),
+        )
+    )
+    overview, distances, accuracy, costs = blocks(table, math.inf)
+    assert "flags" not in overview.headers + costs.headers
+    assert overview.notes == []
+    for block in (distances, accuracy):
+        at = block.headers.index("flags")
+        assert [row[at].shown() for row in block.rows] == ["A", "", "B", "C", "A"]
+        told = [note for note in block.notes if ": " in note and note[0] in "ABC"]
+        assert told == ["A: flat-loss, zero-gradients", "B: attacks incomplete", "C: zero-gradients, flat-loss"]
+        assert "attacks with flags may have been too weak: masked gradients, or a budget that ended them" in block.notes
+
+
+def test_every_letter_is_told_where_there_are_more_than_the_alphabet():
+    rows = [doubted(*[f"flag-{word}" for word in "abcde"[: 1 + at // 8]], *[f"z{'q' * at}"], threshold=1.0 + at)
+            for at in range(30)]  # fmt: skip
+    block = blocks(robustness_table(frame(*rows)), math.inf)[1]
+    letters = [row[block.headers.index("flags")].text for row in block.rows]
+    assert letters[:2] + letters[25:28] == ["A", "B", "Z", "AA", "AB"]
+    assert {note.partition(":")[0] for note in block.notes} >= set(letters)
+
+
+def test_blocks_without_a_flag_have_neither_column_nor_note():
+    for block in blocks(robustness_table(frame(run(attack_schedule="each"))), math.inf):
+        assert "flags" not in block.headers
+        assert block.notes == []
+
+
+def test_attacks_of_a_cascade_are_headed_and_told_as_such():
+    accuracy = blocks(robustness_table(frame(run())), math.inf)[2]
+    assert accuracy.headers[-2:] == ["after pgd", "after ddn"]
+    assert accuracy.notes == ["after X: accuracy left by the attack X and the cheaper ones before it"]
+    each = blocks(robustness_table(frame(run(attack_schedule="each"))), math.inf)[2]
+    assert each.headers[-2:] == ["pgd", "ddn"]
+    mixed = blocks(robustness_table(frame(run(), run(threshold=2.0, attack_schedule="each"))), math.inf)[2]
+    assert mixed.headers[-2:] == ["pgd", "ddn"]
+    assert [row[mixed.headers.index("attack_schedule")].text for row in mixed.rows] == ["cascade", "each"]
+    assert mixed.notes == ["cascade: the accuracy of an attack is what it and the cheaper ones before it left"]
+
+
+def test_what_flagged_attacks_left_standing_never_wins():
+    rows = frame(
+        doubted("flat-loss", results={"worst_case_accuracy_eps_0.3": 0.9, "certified_accuracy_eps_0.3": 0.8}),
+        doubted(threshold=2.0, results={"worst_case_accuracy_eps_0.3": 0.7}),
+        doubted(threshold=3.0, complete=False, results={"worst_case_accuracy_eps_0.3": 0.8}),
+    )
+    accuracy = blocks(robustness_table(rows), math.inf)[2]
+    columns = dict(zip(accuracy.headers, zip(*accuracy.rows, strict=True), strict=True))
+    assert [cell.best for cell in columns["worst case"]] == [False, True, False]
+    assert [cell.best for cell in columns["certified"]] == [True, False, False]  # rests on no attack
+    pivoted = blocks(pivot_table(rows, "threshold", "seed", "worst_case_accuracy_eps_0.3"), math.inf)[0]
+    assert [row[1].best for row in pivoted.rows] == [False, True, False]
+    assert [row[1].note for row in pivoted.rows] == ["flat-loss", "", "attacks incomplete"]
+    assert pivoted.notes == ["attacks with flags may have been too weak: masked gradients, or a budget that ended them"]
+
+
+def test_a_cascade_alone_may_win_in_a_pivot():
+    rows = frame(run(), run(threshold=2.0, results={"accuracy_pgd_eps_0.3": 0.4}))
+    (block,) = blocks(pivot_table(rows, "threshold", "seed", "accuracy_pgd_eps_0.3"), math.inf)
+    assert [row[1].shown("*{}*") for row in block.rows] == ["*62.0* (cascade)", "40.0 (cascade)"]
+    assert block.notes == ["cascade: the accuracy of an attack is what it and the cheaper ones before it left"]

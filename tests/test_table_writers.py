@@ -151,6 +151,50 @@ def test_markdown_escapes_bars():
     assert r"a\|b.npz" in to_markdown(robustness_table(frame(run(dataset="a|b.npz"), run())))
 
 
+FLAGGED = {
+    "masking_flags": ["flat-loss"],
+    "attack_complete": False,
+    "tightness_median": 0.81,
+    "attack_forwards": 51200,
+    "attack_gradients": 25600,
+    "attack_s": 12.0,
+    "certified_skipped_eps_0.3": 20,
+}
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_flags_are_in_every_format_and_fit_a_terminal(width):
+    table = robustness_table(frame(run(results=FLAGGED), run(threshold=2.0)))
+    first, _ = csv.DictReader(io.StringIO(to_csv(table)))
+    assert first["flags"] == "flat-loss, attacks incomplete"
+    assert pd.read_parquet(io.BytesIO(to_parquet(table)))["flags"].tolist() == ["flat-loss, attacks incomplete", ""]
+    for text in (shown(table, width=width), to_markdown(table), to_latex(table)):
+        assert text.count("A: flat-loss, attacks incomplete") == 2  # below radii and distances, and accuracies
+        assert "after X: accuracy left by the attack X and the cheaper ones before it" in text
+    assert max(map(len, shown(table, width=max(width, 100)).splitlines())) <= max(width, 100)
+
+
+def test_files_hold_what_the_terminal_leaves_out():
+    table = robustness_table(frame(run(results=FLAGGED)))
+    assert "gradients" in shown(table, width=120)
+    assert "spared" not in shown(table, width=120)
+    wide = io.StringIO()
+    print_table(table, Console(file=wide, width=120), wide=True)
+    for text in (wide.getvalue(), to_markdown(table), to_latex(table)):
+        assert "spared" in text
+        assert "seconds" in text
+    (row,) = csv.DictReader(io.StringIO(to_csv(table)))
+    assert (row["gradients_per_sample"], row["forwards_per_sample"], row["certified_skipped_eps_0.3"]) == (
+        *("512.0", "1024.0", "20.0"),
+    )  # fmt: skip
+
+
+def test_latex_notes_stand_inside_the_table():
+    text = to_latex(robustness_table(frame(run(results=FLAGGED))))
+    assert "\\end{tabular}\n\\par{\\footnotesize A: flat-loss" in text
+    assert text.isascii()
+
+
 NASTY = r"data\50%_{a}&b#1~2^3$<>|.npz"
 
 

@@ -33,8 +33,8 @@ def test_rows_are_sorted_by_constraint_and_threshold_with_infinity_last():
 def test_columns_and_means():
     runs = frame(*(run(seed=seed, results={"clean_accuracy": value}) for seed, value in enumerate([0.8, 0.9])))
     table = robustness_table(runs)
-    labels = ["dataset", "model", "norm", "constraint", "threshold", "runs", "done", "status"]
-    assert table.columns[:10].tolist() == [*labels, "clean_accuracy", "clean_accuracy_ci95"]
+    labels = ["dataset", "model", "norm", "constraint", "threshold", "runs", "done", "status", "attack_schedule"]
+    assert table.columns[:11].tolist() == [*labels, "clean_accuracy", "clean_accuracy_ci95"]
     assert "accuracy_ddn_eps_0.3_ci95" in table.columns
     (row,) = table.to_dict("records")
     assert row["clean_accuracy"] == pytest.approx(0.85)
@@ -251,11 +251,128 @@ def test_results_of_a_pivot():
     assert pending["status[norm=l2]"].tolist() == ["pending"]
 
 
+NEW = {
+    "tightness_median": 0.81,
+    "attack_forwards": 51200,
+    "attack_gradients": 25600,
+    "attack_s": 12.0,
+    "attack_complete": True,
+    "masking_flags": [],
+    "certified_skipped_eps_0.3": 20,
+}
+
+
+def newer(seed=0, masking_flags=(), **changes):
+    """A run with what the attacks recorded of themselves."""
+    results = {key: changes.pop(key) for key in list(changes) if key in NEW}
+    return run(seed=seed, results={**NEW, "masking_flags": list(masking_flags), **results}, **changes)
+
+
+def test_cost_of_attacks_is_told_a_sample_attacked():
+    table = robustness_table(frame(newer(0), newer(1, attack_gradients=51200), run(threshold=2.0)))
+    assert table["gradients_per_sample"].iloc[0] == (25600 / 50 + 51200 / 50) / 2
+    assert table["forwards_per_sample"].iloc[0] == 1024
+    assert table["attack_s"].iloc[0] == 12
+    assert table["tightness_median"].iloc[0] == pytest.approx(0.81)
+    assert table["certified_skipped_eps_0.3"].iloc[0] == 20
+    assert table.loc[1, ["gradients_per_sample", "tightness_median", "certified_skipped_eps_0.3"]].isna().all()
+
+
+def test_runs_of_earlier_versions_have_none_of_the_newer_columns():
+    table = robustness_table(frame(run(attack_schedule="each")))
+    newer_ones = {"flags", "attack_schedule", "tightness_median", "gradients_per_sample", "attack_s"}
+    assert not newer_ones & set(table.columns)
+    assert not [name for name in table.columns if "skipped" in name]
+
+
+def test_no_sample_attacked_has_no_cost_a_sample():
+    rows = frame(newer(attack_gradients=0) | {"attacked_count": 0}, newer(1))
+    assert robustness_table(rows, aggregate=False)["gradients_per_sample"].fillna(-1).tolist() == [-1, 512]
+
+
+def test_flags_are_named_with_the_number_of_finished_runs_that_have_them():
+    rows = frame(
+        newer(0, ["flat-loss"], attack_complete=False),
+        newer(1, ["zero-gradients", "flat-loss"]),
+        run("pending", seed=2),
+        newer(0, threshold=2.0),
+        newer(0, ["flat-loss"], threshold=4.0, attack_complete=False),
+    )
+    table = robustness_table(rows)
+    assert table["flags"].tolist() == [
+        "flat-loss, 1 of 2 zero-gradients, 1 of 2 attacks incomplete",
+        "",
+        "flat-loss, attacks incomplete",
+    ]
+    assert table.columns.tolist().index("flags") == table.columns.tolist().index("status") + 2
+    singles = robustness_table(rows, aggregate=False)
+    assert singles["flags"].tolist()[:3] == ["flat-loss, attacks incomplete", "zero-gradients, flat-loss", ""]
+    assert robustness_table(rows, by="model")["flags"].tolist() == [
+        "3 of 4 flat-loss, 1 of 4 zero-gradients, 2 of 4 attacks incomplete"
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["flat-loss", "zero-gradients"],
+        np.array(["flat-loss", "zero-gradients"]),
+        "flat-loss, zero-gradients",
+        "['flat-loss', 'zero-gradients']",
+    ],
+)
+def test_flags_are_read_as_an_index_keeps_them(flags):
+    rows = frame(run(results={"masking_flags": flags}), run(threshold=2.0, results={"masking_flags": None}))
+    assert robustness_table(rows)["flags"].tolist() == ["flat-loss, zero-gradients", ""]
+
+
+def test_flags_survive_the_folder_and_its_index(tmp_path):
+    finish(tmp_path, cell(), **NEW | {"masking_flags": ["flat-loss"], "attack_complete": False})
+    finish(tmp_path, cell(threshold=2.0))
+    for _ in range(2):  # read from the folders, then from the index
+        table = robustness_table(tmp_path)
+        assert table["flags"].tolist() == ["flat-loss, attacks incomplete", ""]
+    assert (tmp_path / "index.parquet").exists()
+
+
+def test_the_schedule_of_attacks_is_a_column_where_it_is_a_cascade():
+    assert robustness_table(frame(run()))["attack_schedule"].tolist() == ["cascade"]
+    mixed = frame(run(), run(threshold=2.0, attack_schedule="each"))
+    table = robustness_table(mixed)
+    assert table.columns.tolist().count("attack_schedule") == 1
+    assert dict(zip(table["threshold"], table["attack_schedule"], strict=True)) == {1.0: "cascade", 2.0: "each"}
+    assert robustness_table(mixed, by="model")["attack_schedule"].tolist() == ["cascade, each"]
+
+
+def test_pivots_of_attacks_name_flags_and_cascades():
+    rows = frame(newer(0, ["flat-loss"]), newer(1), newer(0, threshold=2.0, attack_schedule="each"))
+    one, two = "[threshold=1]", "[threshold=2]"
+
+    def notes(value):
+        table = pivot_table(rows, "model", "threshold", value)
+        return [table[f"notes{place}"].item() for place in (one, two) if f"notes{place}" in table]
+
+    assert notes("accuracy_pgd_eps_0.3") == ["1 of 2 flat-loss, cascade", ""]
+    assert notes("worst_case_accuracy_eps_0.3") == notes("tightness_median") == ["1 of 2 flat-loss", ""]
+    assert notes("certified_accuracy_eps_0.3") == []
+    assert pivot_table(rows, "model", "threshold", "gradients_per_sample")[f"gradients_per_sample{one}"].item() == 512
+
+
+def test_an_attack_that_an_audit_added_is_a_column():
+    rows = frame(run(results={"accuracy_rounding-search_eps_0.3": 0.7}))
+    assert robustness_table(rows)["accuracy_rounding-search_eps_0.3"].tolist() == [0.7]
+
+
+def test_newer_results_of_an_unfinished_study_may_be_asked_for():
+    table = pivot_table(frame(run("pending")), "model", "norm", "tightness_median")
+    assert table["tightness_median[norm=l2]"].isna().all()
+
+
 def test_bad_pivots_are_refused():
     runs = frame(run())
     with pytest.raises(
         ValueError,
-        match=r"^unknown result 'tightnes' \(did you mean tightness\?\); allowed: clean_accuracy, [^\n]*train_s",
+        match=r"^unknown result 'tightnes' \(did you mean tightness or .*\?\); allowed: clean_accuracy, .*train_s",
     ):
         pivot_table(runs, "model", "norm", "tightnes")
     with pytest.raises(ValueError, match="unknown result 'machine'"):

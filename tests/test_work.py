@@ -300,7 +300,7 @@ def test_the_id_is_that_of_the_config(tmp_path):
     assert work(CELL, Execution(output=str(tmp_path))).id == config_id(CELL)
 
 
-VARIABLE = ("train_s", "step_s", "step_ratio", "evaluate_s", "cell_s")
+VARIABLE = ("train_s", "step_s", "step_ratio", "attack_s", "evaluate_s", "cell_s")
 KILLED = """
 import json, sys, torch
 from speccert.experiments.config import CellConfig

@@ -19,7 +19,8 @@ from speccert.experiments.store import RunFolder
 from speccert.experiments.study import records
 from speccert.experiments.work import work
 
-TIMES = {"cell_s", "evaluate_s", "step_ratio", "step_s", "train_s"}  # all that differs between two runs on one machine
+# all that differs between two runs on one machine
+TIMES = {"attack_s", "cell_s", "evaluate_s", "step_ratio", "step_s", "train_s"}
 SMALL = {
     "width": 8,
     "epochs": 2,
@@ -75,6 +76,7 @@ def contents(output):
         folder = RunFolder(path.parent)
         row = {key: value for key, value in folder.read_summary().items() if key not in TIMES}
         files = (folder.checkpoint_path, folder.samples_path, folder.closest_path, folder.bounds_path)
+        files += (folder.attempts_path, folder.adversarial_path)
         found[folder.id] = row, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return found
 

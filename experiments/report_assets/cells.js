@@ -59,6 +59,7 @@ function networkFacts(cell, norm) {
     ["bound / estimate", lower > 0 ? short(upper / lower) : "–"],
     ["pairs of logits", `${short(least)} to ${short(most)}`],
     ["tightness of radii", norm === cell.norm ? short(cell.tightness, 3) : "–"],
+    ["median radius / distance", norm === cell.norm ? short(cell.tightness_median, 3) : "–"],
   ];
   return el(
     "dl",

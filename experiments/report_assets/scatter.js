@@ -109,6 +109,7 @@ function brackets(host, setting) {
             ["", "proved bound", short(upper)],
             ["", "bound / estimate", lower > 0 ? short(upper / lower) : "–"],
             ["", "tightness of radii", short(one.tightness, 3)],
+            ["", "median radius / distance", short(one.tightness_median, 3)],
           ],
         );
       return { x: upper > 0 ? x(upper) : panel.box.left, y: row, tip };
