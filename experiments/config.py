@@ -53,6 +53,7 @@ ATTACK_NORMS = {  # as the attacks themselves have it, which torch-free code can
 }
 ATTACKS = tuple(ATTACK_NORMS)
 SCHEDULES = ("cascade", "each")
+_SEARCHES_IN_L2 = ("ddn", "cw")
 _USUAL = ("fgsm", "pgd", "fmn")  # attacks in a norm that none of the chosen ones knows
 BOUNDS = ("product", "closed-form", "lipsdp", "lipsdp-layer", "lipsdp-first-order", "local", "auto")
 ARITHMETICS = ("model", "real", "float64", "float32", "float16", "bfloat16")
@@ -154,8 +155,13 @@ class CellConfig:
 
 
 def usable_attacks(attacks: Sequence[str], norm: str) -> tuple[str, ...]:
-    """Those of the attacks that know the norm; where none does, the usual ones."""
-    return tuple(name for name in attacks if norm in ATTACK_NORMS[name]) or _USUAL
+    """Those of the attacks that know the norm, with fmn for a search of the smallest perturbation that does not.
+
+    Such a search holds every radius against a distance, also where attacks with a ball spare the sample. Where no
+    attack is left, the usual ones.
+    """
+    named = ("fmn" if name in _SEARCHES_IN_L2 and norm != "l2" else name for name in attacks)
+    return tuple(dict.fromkeys(name for name in named if norm in ATTACK_NORMS[name])) or _USUAL
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(CellConfig))

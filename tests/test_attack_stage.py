@@ -120,7 +120,7 @@ def test_each_attack_by_itself(finished):
     }
 
 
-@pytest.mark.parametrize(("norm", "attacks"), [("linf", ("fgsm",)), ("l1", ("fgsm",))])
+@pytest.mark.parametrize(("norm", "attacks"), [("linf", ("fgsm", "fmn")), ("l1", ("fgsm", "fmn"))])
 def test_without_attacks_named_those_that_know_the_norm_run(norm, attacks, finished):
     found = attacked(finished[0], norm=norm, attack_samples=4)
     assert {key.split("_")[1] for key in found.samples if key.startswith("robust_")} == set(attacks)
@@ -128,7 +128,7 @@ def test_without_attacks_named_those_that_know_the_norm_run(norm, attacks, finis
 
 def test_where_none_knows_the_norm_the_usual_ones_run(finished):
     opened = open_model(str(finished[0].path))
-    object.__setattr__(opened, "config", CellConfig(**{**TINY, "attacks": ["ddn"]}))
+    object.__setattr__(opened, "config", CellConfig(**{**TINY, "attacks": ["apgd-t"]}))
     found = attack_one(opened, {"norm": "l1", "attack_samples": 2}, console=console())
     assert {attempt.attack for attempt in found.attempts} == {"fgsm", "pgd", "fmn"}
 

@@ -50,7 +50,7 @@ def test_defaults_of_each_data_set_are_good(dataset):
 
 
 @pytest.mark.parametrize(
-    ("norm", "attacks"), [("l2", CellConfig().attacks), ("linf", ("fgsm", "pgd")), ("l1", ("fgsm", "pgd"))]
+    ("norm", "attacks"), [("l2", CellConfig().attacks), ("linf", ("fgsm", "pgd", "fmn")), ("l1", ("fgsm", "pgd", "fmn"))]
 )
 def test_default_attacks_follow_the_norm(norm, attacks):
     (cell,) = RunSpec.from_mapping({"norm": norm, "thresholds": [1]}).cells()
@@ -58,7 +58,9 @@ def test_default_attacks_follow_the_norm(norm, attacks):
 
 
 def test_where_none_of_the_attacks_knows_the_norm_the_usual_ones_run():
-    assert usable_attacks(("ddn", "cw"), "linf") == usable_attacks((), "l1") == ("fgsm", "pgd", "fmn")
+    assert usable_attacks(("apgd-t",), "l1") == usable_attacks((), "l1") == ("fgsm", "pgd", "fmn")
+    assert usable_attacks(("fgsm", "ddn", "cw"), "linf") == ("fgsm", "fmn")  # a search of the smallest distance stays
+    assert usable_attacks(("fmn", "ddn"), "l1") == ("fmn",)
     assert usable_attacks(("autoattack", "fmn"), "l1") == ("fmn",)
 
 
@@ -136,7 +138,7 @@ def test_defaults_follow_the_data_set_the_norm_and_the_constraint_of_each_cell()
     for cell in cells:
         assert (cell.epochs, cell.eps) == (DEFAULTS[cell.dataset]["epochs"], DEFAULTS[cell.dataset]["eps"])
         assert cell.model == {"mnist": "mlp", "cifar10": "liresnet"}[cell.dataset]
-        assert cell.attacks == {"l1": ("fgsm", "pgd"), "l2": ("fgsm", "pgd", "ddn")}[cell.norm]
+        assert cell.attacks == {"l1": ("fgsm", "pgd", "fmn"), "l2": ("fgsm", "pgd", "ddn")}[cell.norm]
         assert cell.threshold == (2.0 if cell.constraint == "cap" else INF)
         assert cell.weight_decay == (5e-3 if cell.constraint == "weight-decay" else 0.0)
         assert cell.gradient_clip == (1.0 if cell.constraint == "gradient-clip" else None)
@@ -305,7 +307,7 @@ BUILT_IN = "quick, mnist-dense, cifar10-liresnet"
             {"norm": ["l2", "linf"], "attacks": [["pgd"], ["pgd", "ddn"]]},
             (
                 "attacks = ddn: not for norm linf, expected some of fgsm, pgd, apgd-ce, apgd-dlr, apgd-t, fab, square, "
-                "autoattack, deepfool, fmn, rounding-search"
+                "autoattack, eot-pgd, spsa, deepfool, fmn, rounding-search"
             ),
         ),
         (
