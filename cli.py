@@ -379,7 +379,10 @@ def attack(
     from .experiments.stages import open_model
 
     opened = open_model(model, checkpoint=checkpoint, dataset=dataset, data_root=data_root, device=device or "cpu")
-    attack_one(opened, settings, console=_console(), output=output, batch_size=batch_size)
+    try:
+        attack_one(opened, settings, console=_console(), output=output, batch_size=batch_size)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command begins anew", 130)
 
 
 @main.command()

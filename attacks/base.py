@@ -125,7 +125,9 @@ class Attack(ABC):
         distance = torch.zeros(len(x), dtype=torch.float64, device=x.device)
         distance[correct] = torch.inf
         if eps != 0 and bool(correct.any()):
-            task = Task(victim, x[correct], y[correct], call.norm, self._radius(eps), seed, certified[correct])
+            widest = call.norm.widest(x)  # a larger ball, or certificate, says no more of the box than this one
+            radii = certified[correct].clamp_max(widest)
+            task = Task(victim, x[correct], y[correct], call.norm, self._radius(eps, widest), seed, radii)
             x_adv[correct], logits[correct], closest[correct], distance[correct] = self._attack(
                 task, logits[correct], call
             )
@@ -143,8 +145,8 @@ class Attack(ABC):
             notes=self._notes(logits.shape[1]),
         )
 
-    def _radius(self, eps: float | None) -> float:
-        return torch.inf if eps is None or self.minimum_norm else eps
+    def _radius(self, eps: float | None, widest: float) -> float:
+        return torch.inf if eps is None or self.minimum_norm else min(eps, widest)
 
     def _attack(self, task: Task, clean: Tensor, call: "_Call") -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return x_adv, its logits, closest and distance for samples classified correctly with logits `clean`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from .base import Attack
 from .checks import positive, whole
 from .keepers import Closest
+from .norms import per_sample
 from .polish import ROUNDS, offer_first, polish
 from .slopes import FirstOrder
 from .starts import start_radius
@@ -76,9 +77,9 @@ class CarliniWagner(Attack):
         found = torch.zeros_like(c, dtype=torch.bool)
         for step in range(1, self.steps + 1):
             z = task.x + delta
-            logits, gradient = task.victim.gradient(z, lambda logits: -c * objective.loss(logits).clamp_max(0.0))
+            logits, gradient = task.victim.gradient(z, lambda logits: -objective.loss(logits).clamp_max(0.0))
             found |= closest.offer(z, logits)
-            gradient = gradient + 2 * delta
+            gradient = per_sample(c, delta) * gradient + 2 * delta
             mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
             lr = self.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * step / self.steps)) / 2)
             move = (mean / (1 - 0.9**step)) / ((square / (1 - 0.999**step)).sqrt() + 1e-12)

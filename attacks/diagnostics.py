@@ -11,14 +11,14 @@ from .batching import automatic_size, device_of
 from .checks import known_norm, valid_eps, valid_labels, valid_samples, valid_seed, whole
 from .fgsm import FGSM
 from .fmn import FMN
-from .indicators import Point, Tamed, flat_loss, random_outputs, rough_loss, vanishing_gradient, zero_gradient
+from .indicators import Point, flat_loss, random_outputs, rough_loss, vanishing_gradient, zero_gradient
 from .norms import Norm
 from .pgd import PGD
 from .random_search import RandomSearch
 from .results import AttackResult
 from .square import Square
 from .task import margin
-from .victim import Victim, undisturbed
+from .victim import Tamed, Victim, undisturbed
 
 _QUERIES = 100
 _PGD = PGD(steps=20, loss="margin", refine=False)

@@ -9,12 +9,12 @@ from .attempts import Attempt, EnsembleResult
 from .base import Attack
 from .batching import automatic_size, device_of
 from .budget import Budget
-from .checks import known_norm, valid_certified, valid_eps, valid_samples, valid_seed, whole
+from .checks import known_norm, valid_certified, valid_eps, valid_labels, valid_samples, valid_seed, whole
 from .pixels import valid_grid
 from .registry import make_attack
 from .schedule import Report, Run
 from .task import margin
-from .victim import Victim, undisturbed
+from .victim import Tamed, Victim, undisturbed
 
 __all__ = ["Attempt", "EnsembleResult", "run_ensemble"]
 
@@ -70,7 +70,8 @@ def run_ensemble(
         report: is called with a line after each batch, such as "pgd eps 0.3: 356 of 500 standing, worst case 71.2 %".
 
     Raises:
-        ValueError: if an argument is out of range, or the model's logits or input gradients are not finite.
+        ValueError: if an argument is out of range, or the model's logits are not finite. Input gradients that are not
+            finite, or do not exist, count as 0, and a note says so.
     """
     x, y = valid_samples(model, x, y)
     radii = valid_certified(certified, x)
@@ -92,7 +93,7 @@ def run_ensemble(
         if schedule == "cascade":
             members = dict(sorted(members.items(), key=lambda item: item[1].cost(classes)))
         run = Run(
-            model=model,
+            model=Tamed(model),
             x=x,
             y=y,
             norm=known_norm(norm),
@@ -134,6 +135,8 @@ def _named(attacks: Sequence[str | Attack], audit: bool) -> dict[str, Attack]:
 
 
 def _valid_levels(eps: Sequence[float], members: dict[str, Attack]) -> tuple[float, ...]:
+    if isinstance(eps, str | int | float) or any(one is None for one in eps):
+        raise ValueError(f"eps must be a list of finite numbers >= 0, got {eps!r}")
     levels = sorted({valid for valid in map(valid_eps, eps) if valid is not None})
     if len(levels) == 0 and not all(member.minimum_norm for member in members.values()):
         names = ", ".join(name for name, member in members.items() if not member.minimum_norm)
@@ -146,5 +149,6 @@ def _misclassified(model: nn.Module, x: Tensor, y: Tensor, size: int, budget: Bu
     victim, device = Victim(model), device_of(model, x)
     with torch.no_grad():
         logits = torch.cat([victim.logits(part.to(device)) for part in torch.split(x, size)]).to(x.device)
+    valid_labels(y, logits.shape[1])
     budget.spend(victim.forwards, 0)
     return margin(logits, y) >= 0, logits.shape[1]

@@ -128,20 +128,3 @@ def _gradient(victim: Victim, value: Tensor, z: Tensor, retain: bool = False) ->
     victim.gradients += len(z)
     finite = torch.isfinite(gradient).flatten(1).all(1)
     return torch.where(per_sample(finite, gradient), gradient, 0.0)
-
-
-class Tamed(nn.Module):
-    """The model, with a gradient of 0 where autograd gives none or one that is not finite: attacks run to their end."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:  # x: (B, ...); returns (B, K)
-        """Return the model's logits."""
-        if not x.requires_grad:
-            return self.model(x)  # type: ignore[no-any-return]
-        inner = x.view_as(x)
-        inner.register_hook(lambda gradient: torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0))  # type: ignore[no-untyped-call]
-        logits: Tensor = self.model(inner)
-        return logits if logits.requires_grad else logits + 0 * x.flatten(1).sum(1, keepdim=True)

@@ -24,6 +24,10 @@ class Norm(ABC):
         size: Tensor = torch.linalg.vector_norm(delta.double().flatten(1), ord=self.order, dim=1)
         return size
 
+    def widest(self, x: Tensor) -> float:
+        """Return the largest distance in the box [0, 1] of samples of the form of `x` (B, ...), corner to corner."""
+        return self.size(torch.ones_like(x[:1])).item()
+
     def dual(self, gradient: Tensor) -> Tensor:
         """Return ||gradient_i||_q with 1/p + 1/q = 1 as float64 (B,)."""
         size: Tensor = torch.linalg.vector_norm(gradient.double().flatten(1), ord=self.dual_order, dim=1)

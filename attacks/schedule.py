@@ -5,13 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attempts import Attempt, EnsembleResult
 from .base import Attack
 from .budget import Budget
 from .norms import Norm
-from .victim import derived_seed
+from .victim import Tamed, derived_seed
 
 Report = Callable[[str], None]
 
@@ -23,7 +23,7 @@ _AROUND = 2.5
 class Run:
     """The samples, what holds for all attacks on them, and what was found so far."""
 
-    model: nn.Module
+    model: Tamed
     x: Tensor
     y: Tensor
     norm: Norm
@@ -87,7 +87,7 @@ class Run:
                 integer_pixels=self.integer_pixels,
             )
             self._keep(name, rows, result.distance, result.closest)
-            self.notes |= dict.fromkeys(result.notes)
+            self.notes |= dict.fromkeys((*result.notes, *self.model.notes))
             self.budget.spend(result.forwards, result.gradients)
             forwards, gradients, done = forwards + result.forwards, gradients + result.gradients, done + count
             cost = (forwards + gradients) / 2 / done  # what it really was

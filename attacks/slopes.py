@@ -30,8 +30,7 @@ def class_gradients(task: Task, z: Tensor, limit: int) -> tuple[Tensor, Tensor, 
     Returns:
         logits (B, K), classes (B, T), values f_j - f_y (B, T), and their gradients at z (B, T, ...).
     """
-    z = z.detach().requires_grad_()
-    logits = task.victim.logits(z)
+    z, logits = task.victim.traced(z)
     classes = rivals(task, logits.detach(), limit)
     values = differences(logits, task.y, classes)
     gradients = []

@@ -15,7 +15,7 @@ def start_radius(task: Task, objective: FirstOrder) -> Tensor:  # returns (B,) f
     At least 1e-4, so that a sample on the boundary gets off the spot.
     """
     first = (-objective.start).double().clamp_min(1e-4)
-    return torch.minimum(torch.maximum(first, task.certified), _widest(task))
+    return torch.maximum(first, task.certified).clamp_max(task.norm.widest(task.x))
 
 
 def begin(task: Task, objective: FirstOrder, closest: Closest, number: int) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def begin(task: Task, objective: FirstOrder, closest: Closest, number: int) -> t
         other = torch.randperm(len(task.x), device=task.x.device)
         differs = per_sample(task.y[other] != task.y, way)
         way = torch.where(differs, task.x[other] - task.x, way)
-    radius = torch.minimum(closest.distance, _widest(task))
+    radius = closest.distance.clamp_max(task.norm.widest(task.x))
     return radius, on_sphere(task, way, radius)
 
 
@@ -41,7 +41,3 @@ def on_sphere(task: Task, delta: Tensor, radius: Tensor) -> Tensor:
     size = task.norm.size(delta)
     scale = torch.where(size > 0, radius / size, 0.0)
     return (task.x + delta * per_sample(scale, delta).to(delta.dtype)).clamp(0.0, 1.0) - task.x
-
-
-def _widest(task: Task) -> Tensor:
-    return task.norm.size(torch.ones_like(task.x))

@@ -216,11 +216,20 @@ class Case:
 Found = dict[str, Any]  # of one job: robust [samples] and what else there is to tell, as JSON has it
 
 
-def ours(case: Case, attacks: Sequence[str]) -> Found:
+def ours(case: Case, attacks: Sequence[str], *, trusting: bool) -> Found:
+    """The cascade; where `trusting`, samples certified at eps are spared."""
     certifier = Certifier(case.model, tuple(case.x.shape[1:]), norm=case.norm)
     radii = certifier.radii(certifier.margins(case.x, case.y)).radius
     found = run_ensemble(
-        case.model, case.x, case.y, attacks, norm=case.norm, eps=[case.eps], certified=radii, seed=SEED, report=note
+        case.model,
+        case.x,
+        case.y,
+        attacks,
+        norm=case.norm,
+        eps=[case.eps],
+        certified=radii if trusting else None,
+        seed=SEED,
+        report=note,
     )
     return {
         "robust": (found.distance > case.eps).tolist(),
@@ -320,7 +329,7 @@ EPS = {
     ("plain", "l2"): 1.0,
     ("plain", "linf"): 0.06,
     ("pgd_l2", "l2"): 2.0,
-    ("pgd_linf", "linf"): 0.12,
+    ("pgd_linf", "linf"): 0.15,
 }
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 SINGLE = {"apgd-ce": "apgd-ce", "apgd-t": "apgd-t", "fab": "fab-t", "square": "square"}  # our name: the original's
@@ -350,7 +359,7 @@ class Bench:
         attacks = [member] if member else self.options.attacks
         path = self.path("-".join([what, *attacks]) if what == "ours" else job, "json")
         jobs: dict[str, Callable[[], Found]] = {
-            "ours": lambda: ours(self.case, attacks),
+            "ours": lambda: ours(self.case, attacks, trusting=not member),
             "original": lambda: original(
                 self.case, [SINGLE[member]] if member else STANDARD, self.path(job, "safetensors")
             ),
@@ -370,6 +379,8 @@ class Bench:
         if "ours" in found:
             row["certified"] = percent(found["ours"]["certified"])
         row |= {job: percent(accuracy(one)) for job, one in found.items()}
+        if "ours" in found and "original" in found:
+            row["ours - original"] = f"{100 * (accuracy(found['ours']) - accuracy(found['original'])):+.1f}"
         row |= {f"{job}, s": f"{one['seconds']:.0f}" for job, one in found.items()}
         for other in ("original", "blind"):
             if "ours" in found and other in found:

@@ -88,12 +88,14 @@ class AttackFolder:
         self._summary(row | plain_results(self.path / _SUMMARY, found.results))
 
     def refute(self, message: str, example: Mapping[str, Tensor]) -> Path:
-        """Keep the example that broke a certificate, and nothing else; where it lies.
+        """Keep why a certificate is broken, and the example where there is one, and nothing else; where that lies.
 
         Raises:
             StoreError: the folder can't be written, or the disk is full.
         """
         self._begin({"finished": False, "error": message})
+        if not example:
+            return self.path / _SUMMARY
         save_checkpoint(self.path / _COUNTEREXAMPLE, example)
         return self.path / _COUNTEREXAMPLE
 

@@ -57,7 +57,7 @@ def attack_one(
             uncertified=True,
         )
     except CertificateViolationError as error:
-        if not error.example:
+        if not error.example and folder is None:
             raise
         raise CertificateViolationError(f"{error}; {_saved(error, folder)}", error.example) from error
     _show(opened, config, found, console)
@@ -68,7 +68,7 @@ def attack_one(
 
 
 def _saved(error: CertificateViolationError, folder: AttackFolder | None) -> str:
-    """Where the example of a broken certificate lies now."""
+    """Where the example of a broken certificate, or the finding alone, lies now."""
     try:
         if folder is not None:
             return f"saved in {folder.refute(str(error), error.example)}"
@@ -142,7 +142,12 @@ def _spared(config: CellConfig, found: Evaluation) -> list[str]:
     """At which eps how many samples were not attacked, since they are certified there."""
     counts = {eps: found.results.get(f"certified_skipped_eps_{eps:g}", 0) for eps in config.eps}
     told = ", ".join(f"{count} at eps {eps:g}" for eps, count in counts.items() if count)
-    return [f"certified, and so spared by attacks with an eps: {told}"] if told else []
+    lines = [f"certified, and so spared by attacks with an eps: {told}"] if told else []
+    rows = found.samples[found.samples["attacked"] & (found.samples["label"] == found.samples["prediction"])]
+    tried = rows[[name for name in rows if str(name).startswith("attempted_")]].any(axis=1)
+    if lines and found.results["attack_complete"] and (left := int((~tried).sum())):
+        lines.append(f"{left} of them no attack has tried at all: fmn or --audit looks for points within their radii")
+    return lines
 
 
 def _brackets(config: CellConfig, found: Evaluation) -> list[str]:

@@ -307,7 +307,8 @@ def _real(value: Any) -> Any:
     """An integer or a ratio in text ("36/255") as a float; never -0.0, whose JSON is not that of the equal 0.0."""
     try:
         if isinstance(value, str) and "/" in value:
-            return float(Fraction(value))
+            above, _, below = value.partition("/")
+            return float(Fraction(above) / Fraction(below))
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return float(value) + 0.0 if is_number else value
     except (ValueError, ArithmeticError):

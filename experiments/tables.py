@@ -218,8 +218,10 @@ def _metrics(frame: pd.DataFrame, chosen: Iterable[float] | None) -> list[str]:
         if absent := [key for key in keys if key not in known]:
             raise ValueError(f"nothing was evaluated at eps {', '.join(absent)}, expected some of {', '.join(known)}")
     used = _items(frame, "attacks")
-    ran = {str(name).partition("_eps_")[0] for name in frame.columns}  # an audit adds an attack
+    ran = list(dict.fromkeys(str(name).partition("_eps_")[0] for name in frame.columns))  # an audit adds an attack
     attacks = [f"accuracy_{name}" for name in ATTACKS if name in used or f"accuracy_{name}" in ran]
+    if SCHEDULE in frame and frame[SCHEDULE].map(is_cascade).any():  # as they ran: each is what the one before it left
+        attacks.sort(key=lambda name: ran.index(name) if name in ran else len(ran))
     compared = [name for name in frame.columns if str(name).startswith("certified_accuracy_product_eps_")]
     by_product = ["certified_accuracy_product"] if bool(frame[compared].notna().any(axis=None)) else []
     kinds = ["certified_accuracy", *by_product, "certified_accuracy_attacked", "worst_case_accuracy", *attacks]

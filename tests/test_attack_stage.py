@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import json
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from torch import nn
 from speccert.attacks import Diagnosis, Flag, available_attacks
 from speccert.certify import rules
 from speccert.certify.linear import Dense
-from speccert.experiments import attacking
+from speccert.experiments import attack_stage, attacking
 from speccert.experiments.attack_stage import attack_one
 from speccert.experiments.bound_stage import BoundRequest, bound_one
 from speccert.experiments.cell import run_cell
@@ -173,6 +174,15 @@ def test_brackets_and_signs_of_masked_gradients_are_shown(finished, monkeypatch)
     assert f"certified, and so spared by attacks with an eps: {told}" in lines
 
 
+def test_certified_samples_that_no_attack_tried_are_told(finished):
+    told, searched = console(), console()
+    attacked(finished[0], told, attacks=["fgsm"], eps=[0.001])
+    attacked(finished[0], searched, attacks=["fgsm", "ddn"], eps=[0.001])
+    assert re.search(r"\n\d+ of them no attack has tried at all: ", text(told))
+    assert "spared by attacks with an eps" in text(searched)
+    assert "no attack has tried" not in text(searched)
+
+
 @pytest.mark.parametrize("output", [None, "found"])
 def test_a_broken_bound_saves_its_example_in_the_current_folder_or_the_output(output, models, monkeypatch):
     save_checkpoint(models / "weights.safetensors", weights())
@@ -189,6 +199,24 @@ def test_a_broken_bound_saves_its_example_in_the_current_folder_or_the_output(ou
     with torch.no_grad():
         logits = opened.model(example["x_adv"][None])[0]
     assert logits.topk(2).indices.tolist()[0] != example["label"] or logits.topk(2).values.diff().abs() < 1e-5
+
+
+def test_a_bound_that_a_jacobian_disproves_leaves_no_results_of_before_in_the_output(finished, monkeypatch, tmp_path):
+    opened, settings = open_model(str(finished[0].path)), {"attacks": ["fgsm"], "attack_samples": 20}
+    attack_one(opened, settings, console=console(), output=tmp_path / "found")
+
+    def disproved(*arguments, **options):
+        raise CertificateViolationError("certificate broken: a Jacobian norm exceeds the bound", {})
+
+    monkeypatch.setattr(attack_stage, "evaluate", disproved)
+    with pytest.raises(CertificateViolationError, match=r"exceeds the bound; saved in .*found.summary\.json"):
+        attack_one(opened, settings, console=console(), output=tmp_path / "found")
+    assert [path.name for path in (tmp_path / "found").iterdir()] == ["summary.json"]
+    row = json.loads((tmp_path / "found" / "summary.json").read_text())
+    assert not row["finished"]
+    assert row["error"] == "certificate broken: a Jacobian norm exceeds the bound"
+    with pytest.raises(CertificateViolationError, match=r"exceeds the bound$"):
+        attack_one(opened, settings, console=console())
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,16 @@ class Broken(nn.Module):
         return torch.stack([x.sum(1), x.sum(1) / 0 * 0], 1)
 
 
+class Counts(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (8 * x[:, :2]).long()
+
+
+class Detached(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :2].detach() + torch.tensor([1.0, 0.0])
+
+
 X, Y = torch.full((2, 3), 0.5), torch.zeros(2, dtype=torch.int64)
 BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"x": X + 1}, r"x must lie in \[0, 1\], got values from 1.5 to 1.5"),
@@ -247,6 +257,8 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
     ({"model": Broken()}, "model must return finite logits, got NaN or inf for 2 of 2"),
     ({"model": nn.Linear(3, 1)}, r"model must return logits of shape \(2, K\) with K >= 2, got \(2, 1\)"),
+    ({"model": Counts()}, "model must return floating-point logits, got torch.int64"),
+    ({"model": Detached()}, "model must return logits that autograd can trace to x; square and spsa need no gradient"),
     ({"model": lambda x: x}, "model must be a torch.nn.Module, got function"),
 ]
 
@@ -263,7 +275,7 @@ def test_names_and_kinds() -> None:
     fixed = ("fgsm", "pgd", "apgd-ce", "apgd-dlr", "apgd-t", "square", "autoattack")
     nearest = ("deepfool", "cw", "ddn", "fmn", "rounding-search")
     assert available_attacks("l2") == (*fixed[:5], "fab", *fixed[5:], *nearest)
-    assert available_attacks("linf", minimum_norm=False) == fixed
+    assert available_attacks("linf", minimum_norm=False) == (*fixed, "eot-pgd", "spsa")
     assert available_attacks("l1", minimum_norm=False) == ("fgsm", "pgd")
     assert available_attacks("l1", minimum_norm=True) == ("fab", "deepfool", "fmn", "rounding-search")
     assert is_minimum_norm("fmn")
@@ -281,3 +293,15 @@ def test_import_is_light_and_independent() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("name", "norm"), [case for case in CASES if not is_minimum_norm(case[0])])
+def test_a_ball_larger_than_the_box_is_the_box(name: str, norm: str) -> None:
+    model = nn.Linear(9, 3).requires_grad_(False)
+    x = torch.rand(4, 9, generator=torch.Generator().manual_seed(0))
+    widest = {"l2": 3.0, "linf": 1.0, "l1": 9.0}[norm]
+    huge, box = (
+        attack(model, x, model(x).argmax(1), name, norm=norm, eps=eps, **QUICK.get(name, {})) for eps in (1e30, widest)
+    )
+    assert torch.equal(huge.x_adv, box.x_adv)
+    assert (huge.eps, box.eps) == (1e30, widest)

@@ -385,6 +385,39 @@ def test_samples_on_integer_pixels() -> None:
     check(result, model, x, y)
 
 
+class Detached(nn.Module):
+    """A classifier that autograd can't see into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x.detach().mean(1), 1 - x.detach().mean(1)], 1)
+
+
+class Undefined(nn.Module):
+    """The same with a gradient of NaN in the first entry: 0 times the infinite slope of the root at 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1) + (0 * x[:, 0]).sqrt()
+        return torch.stack([mean, 1 - mean], 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "note"),
+    [
+        (Detached(), "model: autograd gives no input gradients; taken for 0, so only square and spsa can judge it"),
+        (Undefined(), "model: some input gradients are NaN or inf; these entries were taken for 0"),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["cascade", "each"])
+def test_models_without_gradients_are_attacked_all_the_same(model: nn.Module, note: str, schedule: str) -> None:
+    x, y = torch.full((3, 16), 0.55), torch.zeros(3, dtype=torch.int64)
+    attacks = ["fgsm", "pgd", "fmn", "deepfool", make_attack("square", queries=50), make_attack("apgd-t", steps=3)]
+    result = run_ensemble(model, x, y, attacks, norm="linf", eps=[0.1], schedule=schedule)
+    assert note in result.notes
+    assert (result.by_attack["square"] <= 0.1).all()
+    result = run_ensemble(nn.Linear(16, 2).requires_grad_(False), x, y, ["fgsm"], norm="linf", eps=[0.1])
+    assert result.notes == ()
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"attacks": []}, r"attacks must be a list of one or more names or attacks, got \[\]"),
     ({"attacks": "pgd"}, "attacks must be a list of one or more names or attacks, got 'pgd'"),
@@ -392,6 +425,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"attacks": ["bim"]}, "attack must be one of fgsm, .* got 'bim'"),
     ({"attacks": ["fmn", "pgd"], "eps": []}, "eps must hold one or more numbers >= 0 for the attacks pgd, got none"),
     ({"eps": [0.1, -1]}, "eps must be a finite number >= 0"),
+    ({"eps": 0.1}, "eps must be a list of finite numbers >= 0, got 0.1"),
+    ({"eps": [0.1, None]}, r"eps must be a list of finite numbers >= 0, got \[0.1, None\]"),
+    ({"y": torch.full((24,), 3)}, r"y must lie in \[0, 2\], got values from 3 to 3"),
     ({"schedule": "tree"}, "schedule must be one of cascade, each, got 'tree'"),
     ({"norm": "l3"}, "norm must be one of .* got 'l3'"),
     ({"attacks": ["pgd", "ddn"], "norm": "linf"}, "norm must be one of l2, got 'linf'"),

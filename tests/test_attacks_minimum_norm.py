@@ -132,6 +132,14 @@ def test_hardened_attacks_find_what_lies_beyond_a_plateau(name, norm):
     assert (found.distance[:2] <= size * torch.tensor([0.75, 0.65]).double() * 1.2).all()
 
 
+@pytest.mark.parametrize("x", [torch.rand(6, 12, generator=seeded()), torch.eye(6, 12)], ids=["inside", "corners"])
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_a_certificate_without_end_stops_no_attack(name, norm, x):
+    model = affine(12, 3).float()
+    found = attack(model, x, model(x).argmax(1), name, norm=norm, certified=torch.full((6,), math.inf))
+    assert found.distance.isfinite().any()
+
+
 @pytest.mark.parametrize("factor", [0.9, 3.0])
 @pytest.mark.parametrize(("name", "norm"), CASES)
 def test_a_certificate_that_is_wrong_hides_nothing(name, norm, factor):
@@ -245,6 +253,22 @@ def test_samples_that_are_all_misclassified_cost_one_forward(name, norm):
     found = attack(model, x, (model(x).argmax(1) + 1) % 3, name, norm=norm)
     assert found.distance.tolist() == [0.0] * 4
     assert (found.forwards, found.gradients) == (4, 0)
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_logits_in_half_precision(name, norm):
+    """In float16 the gradient of a loss times a large constant would be infinite."""
+    net = nn.Sequential(nn.Linear(3, 2).requires_grad_(False), Half())
+    net[0].weight.copy_(torch.tensor([[0.01, 0.01, 0.01], [-0.01, -0.01, -0.01]]))
+    net[0].bias.copy_(torch.tensor([5.0, -5.0]))
+    x = torch.rand(4, 3, generator=seeded())
+    found = attack(net, x, torch.zeros(4, dtype=torch.int64), name, norm=norm)  # no point of the box is adversarial
+    assert found.distance.isinf().all()
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x.half()
 
 
 class Undefined(nn.Module):

@@ -114,7 +114,7 @@ class Ridge(nn.Module):
 
 def test_restarts_go_on_with_the_samples_that_stand() -> None:
     x, y = torch.full((200, 1), 0.62), torch.zeros(200, dtype=torch.int64)
-    runs = [attack(Ridge(), x, y, "pgd", norm="linf", eps=0.5, steps=10, restarts=count) for count in (1, 3)]
+    runs = [attack(Ridge(), x, y, "pgd", norm="linf", eps=0.5, steps=10, loss="ce", restarts=n) for n in (1, 3)]
     assert 0.02 < runs[1].accuracy < runs[0].accuracy / 2 < 0.4
     # Whoever fell in the first restart made no step in the later ones.
     assert runs[1].gradients < 200 * 10 * (runs[0].accuracy + 0.5 + 0.3)

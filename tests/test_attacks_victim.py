@@ -184,7 +184,7 @@ class NoGradient(nn.Module):
         return torch.stack([1 + (x - x.detach()).sum(1).sqrt(), x.sum(1) * 0], 1)
 
 
-@pytest.mark.parametrize(("name", "norm"), [case for case in CASES if case[0] != "square"])  # it takes none
+@pytest.mark.parametrize(("name", "norm"), [case for case in CASES if case[0] not in ("square", "spsa")])
 def test_broken_gradients_raise(name: str, norm: str) -> None:
     with pytest.raises(ValueError, match="model must have finite input gradients"):
         attack(NoGradient(), torch.rand(2, 3), torch.zeros(2, dtype=torch.int64), name, norm=norm, eps=0.1)
@@ -228,6 +228,7 @@ def test_a_model_that_changes_its_input_in_place_does_not_move_the_samples(name)
         def forward(self, x):
             return self.linear(x.sub_(0.5).div_(0.2))
 
+    torch.manual_seed(0)
     model = InPlace()
     x = torch.rand(20, 6, generator=torch.Generator().manual_seed(0))
     kept = x.clone()
@@ -235,7 +236,10 @@ def test_a_model_that_changes_its_input_in_place_does_not_move_the_samples(name)
     result = attack(model, x, y, name, norm="l2", eps=0.05)
     assert torch.equal(x, kept)
     assert ((result.x_adv.double() - kept.double()).norm(dim=1) <= 0.05).all()
-    assert torch.equal(model(result.x_adv.clone()).argmax(1) != y, result.success)
+    logits = model(result.x_adv.clone())  # in a batch of another size a point on the boundary may fall to either side
+    margin = logits[:, 1:].amax(1) - logits[:, 0]
+    assert (margin[result.success] > -1e-5).all()
+    assert (margin[~result.success] < 1e-5).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-20])

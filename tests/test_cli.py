@@ -296,6 +296,15 @@ def test_a_broken_certificate_ends_an_attack_with_its_example(certify, tmp_path,
     assert {path.name for path in (tmp_path / "found").iterdir()} == {"summary.json", "counterexample.safetensors"}
 
 
+def test_an_interrupted_attack_does_not_promise_to_go_on(certify, folder, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("speccert.experiments.attack_stage.attack_one", interrupted)
+    code, _, err = certify("attack", folder)
+    assert (code, err) == (130, ["certify: error: interrupted; the same command begins anew"])
+
+
 def test_a_users_model_in_the_current_folder_is_bounded_and_attacked(certify, tmp_path):
     name = f"mymodel_{os.getpid()}"
     (tmp_path / f"{name}.py").write_text(MODEL)

@@ -130,6 +130,7 @@ def test_equal_configs_have_equal_ids_at_zero():
 def test_id_depends_on_values_not_on_how_they_were_written():
     assert config_id(CellConfig(threshold=1, eps=[0.3, 0.1])) == config_id(CellConfig(threshold=1.0, eps=(0.1, 0.3)))
     assert CellConfig(eps=("36/255",)).eps == (36 / 255,)
+    assert CellConfig(eps=("8.001/255",)).eps == (8001 / 255000,)
 
 
 @pytest.mark.parametrize("field", [name for name in FIELDS if name not in ("bound", "checkpoint", "dataset")])

@@ -50,7 +50,8 @@ def test_defaults_of_each_data_set_are_good(dataset):
 
 
 @pytest.mark.parametrize(
-    ("norm", "attacks"), [("l2", CellConfig().attacks), ("linf", ("fgsm", "pgd", "fmn")), ("l1", ("fgsm", "pgd", "fmn"))]
+    ("norm", "attacks"),
+    [("l2", CellConfig().attacks), ("linf", ("fgsm", "pgd", "fmn")), ("l1", ("fgsm", "pgd", "fmn"))],
 )
 def test_default_attacks_follow_the_norm(norm, attacks):
     (cell,) = RunSpec.from_mapping({"norm": norm, "thresholds": [1]}).cells()

@@ -363,6 +363,20 @@ def test_an_attack_that_an_audit_added_is_a_column():
     assert robustness_table(rows)["accuracy_rounding-search_eps_0.3"].tolist() == [0.7]
 
 
+def test_attacks_of_a_cascade_stand_in_the_order_in_which_they_ran():
+    results = {"accuracy_fmn_eps_0.3": 0.8, "accuracy_square_eps_0.3": 0.7}
+    cascade, each = (
+        run(attacks=("square", "fmn"), attack_schedule=one, results=results) for one in ("cascade", "each")
+    )
+
+    def order(row):
+        names = [name.removeprefix("accuracy_") for name in robustness_table(frame(row), eps=[0.3]).columns]
+        return [name for name in names if name in ("fmn_eps_0.3", "square_eps_0.3")]
+
+    assert order(cascade) == ["fmn_eps_0.3", "square_eps_0.3"]
+    assert order(each) == ["square_eps_0.3", "fmn_eps_0.3"]
+
+
 def test_newer_results_of_an_unfinished_study_may_be_asked_for():
     table = pivot_table(frame(run("pending")), "model", "norm", "tightness_median")
     assert table["tightness_median[norm=l2]"].isna().all()

@@ -25,6 +25,55 @@ class Mixing(nn.Module):
         return x - x.mean(0)
 
 
+class Split(nn.Module):
+    def forward(self, x):
+        return torch.cat(x.split(4, 1)[::-1], 1)
+
+
+class Maxed(nn.Module):
+    def forward(self, x):
+        return x - x.max(1, keepdim=True).values
+
+
+class Masked(nn.Module):
+    def forward(self, x):
+        return torch.where(x > 0, x, -x)
+
+
+class Coarse(nn.Module):
+    def forward(self, x):
+        return x.half().float()
+
+
+class Turned(nn.Module):  # the batch is its second axis for a while
+    def forward(self, x):
+        return x.t().relu().t()
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x.max(1, keepdim=True).values)
+
+
+class Switched(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = net(nn.ReLU())
+
+    def forward(self, x, scale=2.0):
+        return scale * self.net(x)
+
+
+class First(nn.Module):
+    def forward(self, x):
+        return x[0].flatten(1)
+
+
+class MixedAfterSplit(nn.Module):
+    def forward(self, x):
+        return torch.cat(x.split(4, 1)[::-1], 1) - x.mean(0)
+
+
 class Own(nn.Module):
     def forward(self, x):
         return 0.5 * x
@@ -70,13 +119,32 @@ def test_what_no_certificate_covers_is_named_in_one_line(make, reason):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: net(Split()), "%split : .*: expected one tensor, got tuple"),
+        (lambda: net(Maxed()), "%max_1 : .*: expected one tensor, got max"),
+        (lambda: net(Masked()), "%gt : .*: expected floating-point numbers, got torch.bool"),
+        (lambda: net(Coarse()), "%half : .*: expected numbers no coarser than torch.float32, got torch.float16"),
+        (lambda: net(Turned()), "%t : .*: expected the batch to stay the first axis"),
+        (lambda: net(Noisy()), "%max_1 : .*: expected one tensor, got max"),
+        (lambda: net(nn.Unflatten(1, (2, 4)), nn.LSTM(4, 4, batch_first=True), First()), "%.* got tuple"),
+        (Switched, "the model: expected one input tensor, got 2 inputs"),
+    ],
+)
+def test_steps_that_are_no_tensors_of_floats_only_keep_a_model_from_a_certificate(make, reason):
+    found = why_uncertified(make().eval(), (1, 3, 4), "l2")
+    assert found is not None
+    assert re.match(reason, found)
+
+
 def test_a_rule_without_rounding_covers_no_radius(monkeypatch):
     monkeypatch.setattr(rules, "_RULES", dict(rules._RULES))
     register_rule(Own, factor=0.5)
     assert why_uncertified(net(Own()), (1, 3, 4), "l2").startswith("2: no rounding rule for")
 
 
-@pytest.mark.parametrize("layer", [nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.Tanh()), Mixing()])
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.Sequential(nn.Linear(8, 8), nn.Tanh()), Mixing(), MixedAfterSplit()])
 def test_other_models_have_no_such_reason(layer):
     assert why_uncertified(net(layer), (1, 3, 4), "linf") is None
 
