@@ -157,11 +157,11 @@ def _brackets(config: CellConfig, found: Evaluation) -> list[str]:
     if results["mean_distance"] is None:
         return ["no adversarial example found"] if found.attempts else []
     mean, median = results["tightness"], results["tightness_median"]
-    right = rows[(rows["label"] == rows["prediction"]) & (rows["distance"] < float("inf"))]
-    radius, distance = results["mean_certified_radius_attacked"], results["mean_distance"]
-    lines = [
-        f"mean certified radius {radius:.4g}, mean smallest distance found {distance:.4g}, tightness {_number(mean)}"
-    ]
+    held = rows[(rows["distance"] < float("inf")) & (rows[f"radius_{config.norm}"] < float("inf"))]
+    right = held[held["label"] == held["prediction"]]
+    radius, distance = held[f"radius_{config.norm}"].mean(), held["distance"].mean()
+    means = f"certified radius {radius:.4g}, smallest distance found {distance:.4g}, tightness {_number(mean)}"
+    lines = [f"mean of the {len(held)} samples with an adversarial example, 0 where misclassified: {means}"]
     if len(right):
         radius, distance = right[f"radius_{config.norm}"].median(), right["distance"].median()
         lines.append(
