@@ -179,7 +179,7 @@ def test_ctrl_c_ends_at_once_with_one_line_and_leaves_nothing_behind(flags, tmp_
         trials.wait_for(lambda: len(trials.running(output)) == (1 if "inline" in flags else 2), process=process)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process of the group
         out, err = process.communicate(timeout=20)
-        assert trials.group_members(process.pid) == []
+        trials.wait_for(lambda: not trials.group_members(process.pid), seconds=5)
     assert (process.returncode, err.strip()) == (130, INTERRUPTED)
     assert "Traceback" not in out
     for path in output.glob("*/config.json"):

@@ -325,9 +325,10 @@ def test_an_index_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs another user")
 def test_a_study_of_somebody_else_is_read(tmp_path):
-    finish(tmp_path, {"clean_accuracy": 0.5}, seed=0)
-    (begin(tmp_path, seed=1).path / "lease.1").write_text('{"machine": "elsewhere", "state": "held"}')
-    for path in (tmp_path, *tmp_path.parents[:3]):
+    study = tmp_path / "study"  # whose parent, which is read first, holds nothing else
+    finish(study, {"clean_accuracy": 0.5}, seed=0)
+    (begin(study, seed=1).path / "lease.1").write_text('{"machine": "elsewhere", "state": "held"}')
+    for path in (study, *study.parents[:4]):
         path.chmod(0o755)
     code = (
         "import os, sys, pandas, pyarrow.parquet\n"
@@ -336,7 +337,7 @@ def test_a_study_of_somebody_else_is_read(tmp_path):
         "os.setuid(65534)\n"
         "print(*sorted(find_runs(sys.argv[1])['state']), *sorted(cell.state for cell in cells(sys.argv[1])))"
     )
-    with process(code, tmp_path) as reader:
+    with process(code, study) as reader:
         assert reader.line() == "done running done running"
     assert not (tmp_path / INDEX_NAME).exists()
 

@@ -169,6 +169,6 @@ def test_ctrl_c_while_the_workers_start(tmp_path):
         trials.wait_for(lambda: len(trials.group_members(process.pid)) >= 3, process=process)  # with the workers
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=20)
-        assert trials.group_members(process.pid) == []
+        trials.wait_for(lambda: not trials.group_members(process.pid), seconds=5)
     assert process.returncode == 130
     assert len(err.strip().splitlines()) == 1
