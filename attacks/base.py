@@ -104,18 +104,15 @@ class Attack(ABC):
         device, call = device_of(model, x), _Call(chosen, radius, integer_pixels)
 
         def batch(start: int, stop: int) -> AttackResult:
-            own = derived_seed(seed, start) if start else seed
-            seed_all(own)
+            seed_all(derived_seed(seed, start) if start else seed)
             part, labels, radii = (values[start:stop].to(device, copy=True) for values in (x, y, hint))
-            return moved(self._batch(model, part, labels, radii, call, own), x.device)
+            return moved(self._batch(model, part, labels, radii, call), x.device)
 
         with undisturbed(model, valid_seed(seed)):
             size = batch_size or automatic_size(model, x)
             return joined(list(in_batches(batch, len(x), size)))
 
-    def _batch(
-        self, model: nn.Module, x: Tensor, y: Tensor, certified: Tensor, call: "_Call", seed: int
-    ) -> AttackResult:
+    def _batch(self, model: nn.Module, x: Tensor, y: Tensor, certified: Tensor, call: "_Call") -> AttackResult:
         victim, eps = Victim(model), call.eps
         with torch.no_grad():
             logits = victim.logits(x).clone()
@@ -127,7 +124,7 @@ class Attack(ABC):
         if eps != 0 and bool(correct.any()):
             widest = call.norm.widest(x)  # a larger ball, or certificate, says no more of the box than this one
             radii = certified[correct].clamp_max(widest)
-            task = Task(victim, x[correct], y[correct], call.norm, self._radius(eps, widest), seed, radii)
+            task = Task(victim, x[correct], y[correct], call.norm, self._radius(eps, widest), radii)
             x_adv[correct], logits[correct], closest[correct], distance[correct] = self._attack(
                 task, logits[correct], call
             )

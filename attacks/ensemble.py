@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attempts import Attempt, EnsembleResult
+from .attempts import EnsembleResult
 from .base import Attack
 from .batching import automatic_size, device_of
 from .budget import Budget
@@ -15,8 +15,6 @@ from .registry import make_attack
 from .schedule import Report, Run
 from .task import margin
 from .victim import Tamed, Victim, undisturbed
-
-__all__ = ["Attempt", "EnsembleResult", "run_ensemble"]
 
 _SCHEDULES = ("cascade", "each")
 

@@ -35,6 +35,15 @@ class _Foreign(Attack):
 
     norms = ("linf",)
 
+    steps: int = 40
+
+    def __post_init__(self) -> None:
+        whole("steps", self.steps)
+
+    def hardened(self) -> Self:
+        """Return at least 100 steps."""
+        return replace(self, steps=max(self.steps, 100))
+
     @abstractmethod
     def _member(self, model: nn.Module, eps: float) -> Any:
         """Return the library's attack on `model`."""
@@ -62,12 +71,11 @@ class EOTPGD(_Foreign):
 
     name = "eot-pgd"
 
-    steps: int = 40
     averages: int = 10
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        whole("steps", self.steps)
+        super().__post_init__()
         whole("averages", self.averages)
         if self.alpha is not None:
             positive("alpha", self.alpha)
@@ -75,10 +83,6 @@ class EOTPGD(_Foreign):
     def cost(self, classes: int) -> float:
         """Return the work of all steps."""
         return float(self.steps * self.averages)
-
-    def hardened(self) -> Self:
-        """Return at least 100 steps."""
-        return replace(self, steps=max(self.steps, 100))
 
     def _member(self, model: nn.Module, eps: float) -> Any:
         from torchattacks import EOTPGD as Member
@@ -104,13 +108,12 @@ class SPSA(_Foreign):
 
     name = "spsa"
 
-    steps: int = 40
     directions: int = 128
     delta: float = 0.01
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        whole("steps", self.steps)
+        super().__post_init__()
         whole("directions", self.directions)
         positive("delta", self.delta)
         if self.lr is not None:
@@ -119,10 +122,6 @@ class SPSA(_Foreign):
     def cost(self, classes: int) -> float:
         """Return the work of all evaluations, half a gradient each."""
         return float(self.steps * self.directions)
-
-    def hardened(self) -> Self:
-        """Return at least 100 steps."""
-        return replace(self, steps=max(self.steps, 100))
 
     def _member(self, model: nn.Module, eps: float) -> Any:
         from torchattacks import SPSA as Member

@@ -21,7 +21,7 @@ from torch import Tensor
 from .slopes import FirstOrder, rivals
 from .task import Task, margin
 
-_RIVALS = 10
+RIVALS = 10
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:  # logits: (B, K), y: (B,); returns (B,)
@@ -85,7 +85,7 @@ def objective(name: str, task: Task) -> Objective:
     """Return the loss called `name` for the samples of `task`; "logit-difference" takes gradients at x for it."""
     if name in _FORMULAS:
         return Objective(_FORMULAS[name], task.y)
-    first = FirstOrder.of(task, _RIVALS)
+    first = FirstOrder.of(task, RIVALS)
     return Objective(scaled_difference, task.y, (first.classes, first.slopes.double()))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .base import Attack
 from .boxed import project, random_start, sparse_step
 from .checks import positive, whole
-from .losses import LOSSES, Objective, objective
+from .losses import LOSSES, RIVALS, Objective, objective
 from .norms import per_sample
 from .slopes import inward
 from .standing import Standing
@@ -62,7 +62,8 @@ class PGD(Attack):
 
     def cost(self, classes: int) -> float:
         """Return the work of all steps, a gradient each, and of the slopes at x."""
-        return float(self.steps * self.restarts + (0 if self.loss in ("ce", "margin", "dlr") else min(10, classes - 1)))
+        slopes = min(RIVALS, classes - 1) if self.loss in ("logit-difference", "cycle") else 0
+        return float(self.steps * self.restarts + slopes)
 
     def hardened(self) -> "PGD":
         """Return at least 100 steps and 8 restarts that cycle through the losses."""

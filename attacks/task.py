@@ -20,7 +20,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:  # logits: (B, K), y: (B,); ret
 class Task:
     """Correctly classified samples x (B, ...) with labels y (B,), and the ball {||z - x|| <= eps} in the box [0, 1].
 
-    `eps` is infinite for minimum-norm attacks. `seed` is for libraries that seed themselves. `certified` (B,) float64
+    `eps` is infinite for minimum-norm attacks. `certified` (B,) float64
     holds radii within which there is said to be no adversarial point, 0 where nothing is said. It is a hint on where
     to look first: a point that is found nearer counts all the same.
     """
@@ -30,7 +30,6 @@ class Task:
     y: Tensor
     norm: Norm
     eps: float
-    seed: int
     certified: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
 
     def __post_init__(self) -> None:
@@ -53,7 +52,7 @@ class Task:
     def admit(self, z: Tensor) -> Tensor:
         """Return `z` moved into the box and the ball: ||result - x|| <= eps as `distance` measures it, with no slack.
 
-        A row with NaN or inf, which torchattacks' FAB makes where a gradient is 0, becomes x.
+        A row with NaN or inf becomes x.
         """
         finite = torch.isfinite(z).flatten(1).all(1)
         inside = torch.where(per_sample(finite, z), z, self.x).clamp(0.0, 1.0).to(self.x.dtype)

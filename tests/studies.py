@@ -1,6 +1,7 @@
 """Study folders made by hand: finished, failed and begun cells, without training."""
 
 import contextlib
+import io
 import json
 import os
 import subprocess
@@ -8,11 +9,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 
 from speccert.experiments.config import CellConfig
 from speccert.experiments.store import RunFolder
 
 ROOT = Path(__file__).parent.parent
+
+
+def console(width=100):
+    """A console that keeps what is shown, for `text`."""
+    return Console(file=io.StringIO(), width=width, color_system=None)
+
+
+def text(shown):
+    """What was shown."""
+    return shown.file.getvalue()
+
+
+def weights(scale=1.0):
+    """The weights of a flattened linear model of the digits."""
+    generator = torch.Generator().manual_seed(0)
+    return {"1.weight": scale * torch.randn(10, 64, generator=generator) / 8, "1.bias": torch.zeros(10)}
 
 
 def user_module(folder, monkeypatch, name, text):

@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import json
 import re
 from pathlib import Path
@@ -7,9 +6,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
-from studies import user_module
+from studies import console, text, user_module, weights
 from torch import nn
 
 from speccert.attacks import Diagnosis, Flag, available_attacks
@@ -50,14 +48,6 @@ def training(input_shape, num_classes):
 """
 
 
-def console(width=100):
-    return Console(file=io.StringIO(), width=width, color_system=None)
-
-
-def text(shown):
-    return shown.file.getvalue()
-
-
 def rows(shown):
     """The cells of the lines of its tables."""
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in text(shown).splitlines() if "│" in line]
@@ -74,11 +64,6 @@ def finished(tmp_path_factory):
 def models(tmp_path, monkeypatch):
     """A module of the user's, `attack_models`, in the current folder."""
     return user_module(tmp_path, monkeypatch, "attack_models", MODELS)
-
-
-def weights(scale=1.0):
-    generator = torch.Generator().manual_seed(0)
-    return {"1.weight": scale * torch.randn(10, 64, generator=generator) / 8, "1.bias": torch.zeros(10)}
 
 
 def attacked(folder, shown=None, **settings):

@@ -165,9 +165,7 @@ def test_momentum_mixes_the_last_two_moves(monkeypatch: pytest.MonkeyPatch) -> N
         model.bias.copy_(torch.tensor([9.0, 0.0]))
     x, y = torch.full((1, 1), 0.1), torch.tensor([0])
     points: list[float] = []
-    climb = Climb(
-        Standing(Task(Victim(model), x, y, NORMS["l2"], 0.5, 0)), lambda logits: -((logits[:, 1] - 0.4) ** 2), 2
-    )
+    climb = Climb(Standing(Task(Victim(model), x, y, NORMS["l2"], 0.5)), lambda logits: -((logits[:, 1] - 0.4) ** 2), 2)
     original = Climb._evaluate
 
     def record(self: Climb) -> None:

@@ -22,7 +22,7 @@ def task(norm: str, count: int = 30, features: int = 12) -> tuple[Task, Tensor]:
     x = (torch.rand(count, features, generator=draw, dtype=torch.float64) * 1.6 - 0.3).clamp(0, 1)
     labels = torch.zeros(count, dtype=torch.int64)
     direction = torch.randn(count, features, generator=draw, dtype=torch.float64)
-    return Task(Victim(nn.Identity()), x, labels, NORMS[norm], EPS[norm], 0), direction
+    return Task(Victim(nn.Identity()), x, labels, NORMS[norm], EPS[norm]), direction
 
 
 def size(delta: Tensor, norm: str) -> Tensor:
@@ -108,7 +108,7 @@ def test_vanishing_gradients_move_nothing(norm: str) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_random_starts_lie_on_the_sphere_where_the_box_lets_them(norm: str) -> None:
     x = torch.full((50, 20), 0.5)
-    given = Task(Victim(nn.Identity()), x, torch.zeros(50, dtype=torch.int64), NORMS[norm], 0.1, 0)
+    given = Task(Victim(nn.Identity()), x, torch.zeros(50, dtype=torch.int64), NORMS[norm], 0.1)
     torch.manual_seed(0)
     delta = random_start(given) - x
     torch.testing.assert_close(size(delta, norm), torch.full((50,), 0.1), atol=1e-5, rtol=0)

@@ -28,7 +28,7 @@ def task(g, dtype=torch.float64, count=3, certified=0.0, norm="linf"):
     """Samples at 0, so that t on the segment to 1 is the mean, and the distance in l-infinity."""
     x = torch.zeros(count, 4, dtype=dtype)
     radii = torch.full((count,), certified, dtype=torch.float64)
-    return Task(Victim(Along(g)), x, torch.zeros(count, dtype=torch.int64), NORMS[norm], math.inf, 0, radii)
+    return Task(Victim(Along(g)), x, torch.zeros(count, dtype=torch.int64), NORMS[norm], math.inf, radii)
 
 
 def shortened(one: Task):
@@ -76,7 +76,7 @@ def test_finished_samples_are_not_evaluated_again():
     one = task(lambda t: t - ROOT, count=2)
     x = one.x.clone()
     x[1] = ROOT - 1e-17  # on the boundary at once
-    mixed = Task(one.victim, x, one.y, one.norm, math.inf, 0)
+    mixed = Task(one.victim, x, one.y, one.norm, math.inf)
     alone = task(lambda t: t - ROOT, count=1)
     shortened(mixed)
     shortened(alone)
@@ -102,7 +102,7 @@ def test_a_wrong_certificate_hides_nothing(certified):
 def test_each_sample_has_its_own_certificate():
     radii = torch.tensor([0.0, 0.3, 0.9], dtype=torch.float64)
     one = task(SHAPES["line"])
-    point, _ = shortened(Task(one.victim, one.x, one.y, one.norm, math.inf, 0, radii))
+    point, _ = shortened(Task(one.victim, one.x, one.y, one.norm, math.inf, radii))
     assert ((one.distance(point) - ROOT).abs() <= 1e-15).all()
 
 

@@ -61,7 +61,7 @@ def test_objectives_rank_alike_near_the_boundary(name: str) -> None:
         model.weight.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 3.0, 4.0]]))
         model.bias.zero_()
     x = torch.tensor([[1.0, 0.1, 0.1]])
-    task = Task(Victim(model), x, torch.tensor([0]), NORMS["l2"], 1.0, 0)
+    task = Task(Victim(model), x, torch.tensor([0]), NORMS["l2"], 1.0)
     loss = objective(name, task)
     values = [loss(model(x + t * torch.tensor([[-1.0, 3.0, 4.0]]))).item() for t in (0.0, 0.01, 0.02)]
     assert values == sorted(values)
@@ -73,7 +73,7 @@ def test_objectives_rank_alike_near_the_boundary(name: str) -> None:
 def test_objective_of_some_samples() -> None:
     torch.manual_seed(0)
     model, x = nn.Linear(4, 5), torch.rand(6, 4)
-    task = Task(Victim(model), x, model(x).argmax(1), NORMS["linf"], 0.1, 0)
+    task = Task(Victim(model), x, model(x).argmax(1), NORMS["linf"], 0.1)
     keep = torch.tensor([True, False, True, True, False, False])
     for name in LOSSES:
         loss = objective(name, task)
@@ -85,6 +85,6 @@ def test_strongest_classes_are_the_largest_wrong_logits() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return LOGITS
 
-    task = Task(Victim(Fixed()), torch.zeros(2, 1), torch.tensor([0, 1]), NORMS["l2"], 0.1, 0)
+    task = Task(Victim(Fixed()), torch.zeros(2, 1), torch.tensor([0, 1]), NORMS["l2"], 0.1)
     assert strongest_classes(task, 2).tolist() == [[1, 2], [2, 0]]
     assert strongest_classes(task, 9).tolist() == [[1, 2, 3], [2, 0, 3]]

@@ -14,7 +14,7 @@ ORDERS = {"l2": 2.0, "linf": float("inf"), "l1": 1.0}
 
 
 def task(x: Tensor, norm: str, eps: float) -> Task:
-    return Task(Victim(nn.Identity()), x, torch.zeros(len(x), dtype=torch.int64), NORMS[norm], eps, 0)
+    return Task(Victim(nn.Identity()), x, torch.zeros(len(x), dtype=torch.int64), NORMS[norm], eps)
 
 
 @given(
@@ -84,7 +84,7 @@ def test_certified_radii_are_zero_unless_given_and_stay_with_their_samples() -> 
     assert plain.certified.dtype == torch.float64
     assert plain.certified.tolist() == [0.0] * 4
     radii = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    told = Task(plain.victim, x, plain.y, plain.norm, 1.0, 0, radii)
+    told = Task(plain.victim, x, plain.y, plain.norm, 1.0, radii)
     assert told[torch.tensor([3, 1])].certified.tolist() == [0.4, 0.2]
     assert told[torch.tensor([True, False, False, True])].certified.tolist() == [0.1, 0.4]
     assert plain[torch.tensor([2])].certified.tolist() == [0.0]

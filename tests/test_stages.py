@@ -1,11 +1,9 @@
-import io
 import math
 
 import pytest
 import tiny
 import torch
-from rich.console import Console
-from studies import user_module
+from studies import console, text, user_module, weights
 
 from speccert.experiments.cell import run_cell
 from speccert.experiments.checkpoints import save_checkpoint
@@ -17,36 +15,12 @@ from speccert.experiments.store import RunFolder, StoreError
 
 TINY = {**tiny.TINY, "seed": 3}
 MODELS = """
-import torch
 from torch import nn
 def linear(input_shape, num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
-class Summed(nn.Module):
-    def forward(self, x):
-        return torch.cumsum(x, 1)
-def unknown(input_shape, num_classes):
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes), Summed())
 def three(input_shape, num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
-class Training(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.last = nn.Linear(64, 10)
-    def train(self, mode=True):
-        return super().train(True)
-    def forward(self, x):
-        return self.last(x.flatten(1))
-def training(input_shape, num_classes):
-    return Training()
 """
-
-
-def console(width=100):
-    return Console(file=io.StringIO(), width=width, color_system=None)
-
-
-def text(shown):
-    return shown.file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +34,6 @@ def finished(tmp_path_factory):
 def models(tmp_path, monkeypatch):
     """A module of the user's, `stage_models`, in the current folder."""
     return user_module(tmp_path, monkeypatch, "stage_models", MODELS)
-
-
-def weights(scale=1.0):
-    generator = torch.Generator().manual_seed(0)
-    return {"1.weight": scale * torch.randn(10, 64, generator=generator) / 8, "1.bias": torch.zeros(10)}
 
 
 def test_a_torch_checkpoint_is_read_too(models):
